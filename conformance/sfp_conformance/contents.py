@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import slow_reader
-from .slow_reader.delta import Plain, result_of
+from .slow_reader.delta import result_of
 
 Json = dict[str, Any]
 
 # Features that lie outside the profile `core` (SPEC.md chapter 23).
-NOT_CORE = {"delta", "uniform", "table", "narrow", "group-2", "scale", "multiplier", "windows"}
+NOT_CORE = {"delta", "delta-parts", "uniform", "table", "narrow", "group-2", "scale", "multiplier", "windows"}
 SHOWN = 4  # elements shown at each end of an array
 
 
 def contents(data: bytes) -> tuple[Json, bytes]:
     """Describes the contents of a valid file as the slow reader decodes it, and joins its arrays."""
     file = slow_reader.read(data)
-    tensors, arrays = [], bytearray()
-
-    def placed(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
-        arrays.extend(raw)
-        return {"offset": str(len(arrays) - len(raw)), **array(dtype, shape, raw)}
-
-    for entry, (name, tensor) in zip(file.root["tensors"], file.tensors.items(), strict=True):
-        out: Json = {"name": name, **placed(tensor.dtype, tensor.shape, tensor.data)}
-        if "mask" in entry:
-            out["mask"] = placed("U8", tensor.shape, bytes(tensor.mask))
-        if "importance" in entry:
-            raw = b"".join(struct.pack("<I", slow_reader.pattern_of(x, "F32")) for x in _kept(tensor))
-            role, over = entry["importance"]["role"], entry["importance"]["over"]
-            out["importance"] = {"role": role, "over": over, **placed("F32", tensor.shape, raw)}
-        tensors.append(out)
-    return {"metadata": file.root.get("metadata", {}), "tensors": tensors}, bytes(arrays)
+    entries = {entry["name"]: entry for entry in file.root["tensors"]}
+    return _described(file.root, {name: (entries[name], tensor) for name, tensor in file.tensors.items()})
 
 
 def result_contents(delta: bytes, base: bytes) -> tuple[Json, bytes]:
@@ -44,18 +30,29 @@ def result_contents(delta: bytes, base: bytes) -> tuple[Json, bytes]:
     Raises:
         slow_reader.Bad: a file is invalid, or the base is another one.
     """
-    file, plain = slow_reader.read(delta), plain_tensors(slow_reader.read(base))
-    arrays, tensors = bytearray(), []
-    for name, tensor in result_of(file.root, plain_tensors(file), plain).items():
-        arrays.extend(tensor.data)
-        place = {"offset": str(len(arrays) - len(tensor.data))}
-        tensors.append({"name": name, **place, **array(tensor.dtype, tensor.shape, tensor.data)})
-    return {"metadata": file.root.get("metadata", {}), "tensors": tensors}, bytes(arrays)
+    file, under = slow_reader.read(delta), slow_reader.read(base)
+    entries = {entry["name"]: entry for entry in under.root["tensors"]}
+    return _described(file.root, result_of(file.root, file.tensors, entries, under.tensors))
 
 
-def plain_tensors(file: slow_reader.File) -> dict[str, Plain]:
-    """Returns the tensors of a file without masks and importances."""
-    return {name: Plain(t.dtype, list(t.shape), t.data) for name, t in file.tensors.items()}
+def _described(root: Json, found: Mapping[str, tuple[Json, slow_reader.Tensor]]) -> tuple[Json, bytes]:
+    """Describes tensors, each given with a map whose keys say what it has: `mask`, `importance`."""
+    tensors, arrays = [], bytearray()
+
+    def placed(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
+        arrays.extend(raw)
+        return {"offset": str(len(arrays) - len(raw)), **array(dtype, shape, raw)}
+
+    for name, (entry, tensor) in found.items():
+        out: Json = {"name": name, **placed(tensor.dtype, tensor.shape, tensor.data)}
+        if "mask" in entry:
+            out["mask"] = placed("U8", tensor.shape, bytes(tensor.mask))
+        if "importance" in entry:
+            raw = b"".join(struct.pack("<I", slow_reader.pattern_of(x, "F32")) for x in _kept(tensor))
+            role, over = entry["importance"]["role"], entry["importance"]["over"]
+            out["importance"] = {"role": role, "over": over, **placed("F32", tensor.shape, raw)}
+        tensors.append(out)
+    return {"metadata": root.get("metadata", {}), "tensors": tensors}, bytes(arrays)
 
 
 def array(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
@@ -87,7 +84,7 @@ def _kept(tensor: slow_reader.Tensor) -> Iterable[float]:
 def features_of(data: bytes) -> list[str]:
     """Returns the names of the features that a reader must support for a valid file."""
     root, _ = slow_reader.read_directory(data)
-    found: set[str] = {"delta"} if "delta" in root.get("features", []) else set()
+    found = set(root.get("features", []))
     for entry in root["tensors"]:
         found |= {entry["coding"], f"dtype-{entry['dtype']}"}
         for stream in slow_reader.streams(entry):

@@ -103,7 +103,15 @@ class OwnDriver:
                 file.check_base()
                 tensors = []
                 for number, (name, spec) in enumerate(file.specs.items()):
-                    Path(folder, f"{number}.bin").write_bytes(file.get_tensor(name).tobytes())
+                    parts = file.parts(name)
+                    arrays = {"values": file.get_tensor(name).tobytes()}
+                    if parts is not None and parts.structure.masked:
+                        arrays["mask"] = file.get_mask(name).tobytes()
+                    importance = file.get_importance(name)
+                    if importance is not None:
+                        arrays["importance"] = importance.tobytes()
+                    for what, data in arrays.items():
+                        Path(folder, f"{number}{SUFFIXES[what]}").write_bytes(data)
                     tensors.append({"name": name, "dtype": spec.dtype.name, "shape": list(spec.shape)})
                 return {"ok": True, "metadata": file.metadata(), "tensors": tensors}
         except FileFault as error:

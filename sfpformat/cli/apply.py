@@ -21,9 +21,10 @@ from .errors import checked_target, require_suffix
 from .model_files import sub_byte_keys
 from .parser import Parser, Subparsers, examples
 
-_DESCRIPTION = """Makes the model that one or more deltas describe, from the base of the first one. All
-checksums are compared: a wrong base, a delta that is missing in the chain, or one that was applied before, is
-an error, and no file is written."""
+_DESCRIPTION = """Makes the model that one or more deltas describe, from the base of the first one. A new .sfp
+file has the masks, levels, quantisers and importances that the deltas describe. All checksums are compared: a
+wrong base, a delta that is missing in the chain, or one that was applied before, is an error, and no file is
+written."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -80,8 +81,14 @@ def _write_safetensors(chain: Chain, file: BinaryIO, specs: list[TensorSpec]) ->
 
 def _write_sfp(chain: Chain, file: BinaryIO, specs: list[TensorSpec]) -> None:
     with Writer(file, metadata=chain.result.metadata(), limits=chain.limits) as writer:
-        for spec, array in zip(specs, _arrays(chain, specs), strict=True):
-            writer.add(spec.name, array, other=sub_byte_keys(spec))
+        for spec in specs:
+            chain.shown.at(spec.name)
+            parts, keys = chain.result.parts(spec.name), sub_byte_keys(spec)
+            if parts is None:
+                writer.add(spec.name, chain.result.get_tensor(spec.name), other=keys)
+            else:
+                writer.add_parts(spec.name, parts, other=keys)
+            chain.shown.advance(spec.nbytes)
 
 
 def _write_shards(chain: Chain, write: _Write, deltas: list[Path]) -> list[Path]:

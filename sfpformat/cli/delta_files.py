@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..container.delta_map import DeltaMap
+from ..container.delta_parts import PARTS, part_name
+from ..decode.parts import Parts
 from ..decode.reader import SfpFile
 from ..decode.selection import Selection
+from ..deltas.parts import separator_for
 from ..deltas.result import DeltaFile, open_chain
-from ..deltas.tensors import Spec
-from ..deltas.writing import DeltaWriter
+from ..deltas.tensors import Spec, Tensors
+from ..deltas.writing import DeltaWriter, add_from
 from ..errors import FileFault
 from ..io.safetensors import SubByte, TensorSpec
 from ..limits import Limits
@@ -41,6 +44,9 @@ class ModelTensors:
 
     def read_part(self, name: str, selection: Selection) -> NDArray[np.generic]:
         return self._model.read_part(name, selection)
+
+    def parts(self, name: str) -> Parts | None:
+        return self._model.parts(name)
 
     def metadata(self) -> dict[str, str]:
         return self._model.metadata()
@@ -106,8 +112,10 @@ def add_tensors(
     writer: DeltaWriter,
     base: Model,
     specs: Iterable[TensorSpec],
-    read: Callable[[str], NDArray[np.generic]],
+    result: Tensors,
     shown: Progress,
+    *,
+    parts: bool = True,
 ) -> None:
     """Adds the tensors of a base and a result to a delta.
 
@@ -117,23 +125,28 @@ def add_tensors(
         writer: the writer of the delta.
         base: the base.
         specs: name, dtype and shape of each tensor of the result.
-        read: returns a tensor of the result.
+        result: the tensors of the result.
         shown: the progress.
+        parts: same as for `write_delta`.
     """
-    kept = set()
+    kept, old = set(), ModelTensors(base)
     for spec in specs:
         shown.at(spec.name)
         kept.add(spec.name)
         before, keys = base.specs.get(spec.name), sub_byte_keys(spec)
-        if before is None:
-            writer.add(spec.name, None, read(spec.name), other=keys or None)
-        else:
+        other: dict[str, object] | None = keys or None
+        if before is not None:
             other = None if before.sub_byte == spec.sub_byte else keys
-            writer.add(spec.name, base.read(spec.name), read(spec.name), other=other)
+        add_from(writer, spec.name, old, result, parts=parts, other=other)
         shown.advance(spec.nbytes)
     for name in base.specs:
         if name not in kept:
             writer.add(name, base.read(name), None)
+
+
+def separator_of(base: Model, specs: Iterable[TensorSpec]) -> str:
+    """Returns the separator of a delta between a base and a result."""
+    return separator_for([*base.specs, *(spec.name for spec in specs)])
 
 
 def open_result(base: Model, paths: Sequence[str], limits: Limits) -> DeltaFile:
@@ -191,13 +204,24 @@ def result_specs(base: Model, result: DeltaFile) -> list[TensorSpec]:
 
 
 def kinds_of(found: DeltaMap) -> dict[str, int]:
-    """Returns kind -> number of tensors of that kind."""
-    return dict(Counter(tensor.kind for tensor in found.tensors))
+    """Returns kind -> number of tensors of that kind. A tensor is changed if one of its parts is."""
+    kinds = {tensor.name: tensor.kind for tensor in found.tensors}
+    for tensor in found.tensors:
+        if tensor.structure is None or found.separator is None:
+            continue
+        names = [part_name(tensor.name, found.separator, part) for part in PARTS]
+        own = [kinds.pop(name) for name in names if name in kinds]
+        if any(kind != "unchanged" for kind in own):
+            kinds[tensor.name] = "changed"
+    return dict(Counter(kinds.values()))
 
 
 def words_of(found: DeltaMap) -> str:
     """Describes the kinds of the tensors, such as ``210 changed, 62 unchanged``."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds_of(found).items())) or "no tensors"
+    in_parts = sum(tensor.structure is not None for tensor in found.tensors)
+    more = f" ({in_parts:,} with mask, levels or importance)" if in_parts else ""
+    words = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds_of(found).items()))
+    return f"{words}{more}" if words else "no tensors"
 
 
 def is_delta(model: Model) -> bool:

@@ -126,6 +126,7 @@ def _delta_json(model: Model) -> dict[str, object]:
                 "shape": list(tensor.shape),
                 "base": f"{tensor.base:08x}",
                 "result": f"{tensor.result:08x}",
+                **({} if tensor.structure is None else {"structure": tensor.structure.to_map()}),
             }
             for tensor in delta.tensors
         ],

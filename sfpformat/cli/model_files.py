@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..container.entry import TensorEntry
 from ..container.preamble import MAGIC
+from ..decode.parts import Parts, parts_of
 from ..decode.reader import SfpFile
 from ..decode.selection import Selection
 from ..decode.shards import ShardedFile, ShardIndex
@@ -241,6 +242,20 @@ class Model(Closing):
             if isinstance(file, SfpFile):
                 return selected(file, stored, selection)
             return selected_of_safetensors(file, stored, selection)
+
+    def parts(self, name: str) -> Parts | None:
+        """Returns a tensor with its mask, levels and importance; None if it is no more than its elements.
+
+        Raises:
+            CommandError: the data are damaged.
+            OSError: the data cannot be read.
+        """
+        file_name = self._file_of[name]
+        file = self.files[file_name]
+        if not isinstance(file, SfpFile):
+            return None
+        with path_in_errors(self.path.parent / file_name):
+            return parts_of(file, self._stored_name.get(name, name))
 
 
 def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:

@@ -6,7 +6,7 @@ import argparse
 
 from ..deltas.writing import DeltaWriter
 from .console import bytes_words, show_json
-from .delta_files import add_deltas, add_output, add_tensors, kinds_of, opened_chain, words_of
+from .delta_files import add_deltas, add_output, add_tensors, kinds_of, opened_chain, separator_of, words_of
 from .errors import require_suffix
 from .parser import Parser, Subparsers, examples
 
@@ -36,10 +36,14 @@ def run(args: argparse.Namespace) -> int:
     with opened_chain(args) as chain:
         base, result = chain.base, chain.result
         writer = DeltaWriter(
-            chain.target, base_name=base.path.name, metadata=result.metadata(), limits=chain.limits
+            chain.target,
+            base_name=base.path.name,
+            metadata=result.metadata(),
+            separator=separator_of(base, chain.specs),
+            limits=chain.limits,
         )
         with writer:
-            add_tensors(writer, base, chain.specs, result.get_tensor, chain.shown)
+            add_tensors(writer, base, chain.specs, result, chain.shown)
             result.check_base()
     found, size = writer.described, chain.target.stat().st_size
     if args.json:

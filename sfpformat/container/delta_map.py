@@ -1,4 +1,7 @@
-"""The map `delta` of the directory (SPEC.md 28.1): the tensors of base and result, and the pools."""
+"""The map `delta` of the directory (SPEC.md 28.1): the tensors of base and result, and the pools.
+
+`delta_parts` has the structures of tensors that are listed as parts (SPEC.md 28.4).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from typing import Protocol, TypeVar
 
@@ -14,8 +17,9 @@ from ..coding.changes import kind_of
 from ..dtypes import DTYPES, Dtype
 from ..errors import fault, placed
 from ..limits import Limits
+from .delta_parts import PARTS, Structure, part_name, require_parts
 from .entry import MAX_POSITIONS
-from .fields import Fields, place_of, required, typed
+from .fields import Fields, place_of, require_absent, required, typed
 
 FEATURE = "delta"
 MAX_BLOCK = 1 << 24  # R-DLT-005
@@ -46,6 +50,7 @@ class DeltaTensor:
         dtype, shape: those in the result; those in the base for a removed tensor.
         base: CRC-32 of its elements in the base; 0 if it is added.
         result: CRC-32 of its elements in the result; 0 if it is removed.
+        structure: if these are the weights of a tensor in parts, its structure; else None.
     """
 
     name: str
@@ -54,6 +59,7 @@ class DeltaTensor:
     shape: tuple[int, ...]
     base: int
     result: int
+    structure: Structure | None = None
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +99,8 @@ class DeltaMap:
         block: B, the number of elements per block of a pool.
         base: a name of the base, or None.
         other: keys that this version does not know, with their values (R-DIR-005).
+        separator: what stands between the name of a tensor and that of its part; None if no tensor is listed
+            as parts.
     """
 
     tensors: tuple[DeltaTensor, ...]
@@ -100,6 +108,7 @@ class DeltaMap:
     block: int
     base: str | None
     other: dict[str, object]
+    separator: str | None = None
 
     def members(self) -> list[list[DeltaTensor]]:
         """Returns the tensors of each pool."""
@@ -109,6 +118,17 @@ class DeltaMap:
                 changed.setdefault(tensor.dtype.name, []).append(tensor)
         rest = {dtype: iter(tensors) for dtype, tensors in changed.items()}
         return [list(islice(rest[pool.dtype], pool.tensors)) for pool in self.pools]
+
+    def more_than_elements(self) -> list[str]:
+        """Returns the names of the tensors in parts of which the part `weights` is not all."""
+        listed = {tensor.name for tensor in self.tensors}
+        return [
+            tensor.name
+            for tensor in self.tensors
+            if tensor.structure is not None
+            and self.separator is not None
+            and any(part_name(tensor.name, self.separator, part) in listed for part in PARTS)
+        ]
 
     def to_map(self) -> dict[str, object]:
         """Returns the map in the directory."""
@@ -125,16 +145,25 @@ class DeltaMap:
             "checksums": b"".join(_CHECKSUMS.pack(tensor.base, tensor.result) for tensor in self.tensors),
             "pools": [asdict(pool) for pool in self.pools],
         }
+        if self.separator is not None:
+            structures = list(dict.fromkeys(t.structure for t in self.tensors if t.structure is not None))
+            number = {structure: i + 1 for i, structure in enumerate(structures)}
+            out["separator"] = self.separator
+            out["structures"] = [structure.to_map() for structure in structures]
+            out["structured"] = [0 if t.structure is None else number[t.structure] for t in self.tensors]
         return out if self.base is None else {**out, "base": self.base}
 
     @classmethod
-    def from_map(cls, source: Fields, entries: Mapping[str, Outlined], limits: Limits) -> DeltaMap:
+    def from_map(
+        cls, source: Fields, entries: Mapping[str, Outlined], limits: Limits, *, parts: bool
+    ) -> DeltaMap:
         """Reads the map and checks it against the entries of the file.
 
         Args:
             source: the map.
             entries: dtype and shape of the file's tensors, by name.
             limits: the limits of the reader.
+            parts: whether the file has the feature of tensors in parts.
 
         Raises:
             InvalidFileError, UnsupportedError, LimitError: the map is damaged or refused.
@@ -144,18 +173,30 @@ class DeltaMap:
         if not 1 <= block <= MAX_BLOCK:
             words = f"block is {block}, must be 1 to {MAX_BLOCK}"
             raise fault("R-DLT-005", words, offset=place_of(source, "block"))
+        if not parts:
+            require_absent(source, _PARTS_KEYS, "needs the feature 'delta-parts'")
+        separator = required(source, "separator", str) if parts else None
+        structures = _list_of(source, "structures", dict) if parts else []
+        structured = _list_of(source, "structured", int) if parts else None
         tensors = _tensors(source, limits)
+        if separator is not None and structured is not None:
+            made = [Structure.from_map(item) for item in structures]
+            tensors = _with_structures(source, tensors, made, structured)
+            require_parts(tensors, separator, place_of(source, "structured"))
         pools = tuple(_pool(item) for item in _list_of(source, "pools", dict))
         _require_whole(source, tensors, pools)
         other = {key: value for key, value in source.items() if key not in _KEYS}
-        found = cls(tensors, pools, block, base, other)
+        found = cls(tensors, pools, block, base, other, separator)
         for pool, members in zip(pools, found.members(), strict=True):
             _require_pool(source, pool, members, block, entries)
         _require_entries(source, found, entries)
         return found
 
 
-_KEYS = frozenset(("base", "block", "checksums", "dtypes", "kinds", "names", "pools", "shapes", "shared"))
+_PARTS_KEYS = ("separator", "structured", "structures")
+_KEYS = frozenset(
+    ("base", "block", "checksums", "dtypes", "kinds", "names", "pools", "shapes", "shared", *_PARTS_KEYS)
+)
 
 
 def _shared(before: str, name: str) -> int:
@@ -210,6 +251,23 @@ def _tensors(source: Fields, limits: Limits) -> tuple[DeltaTensor, ...]:
                 words = f"the checksums {found.base:08x} and {found.result:08x} do not fit {found.kind}"
                 raise fault("R-DLT-004", words, offset=place_of(source, "checksums"))
         out.append(found)
+    return tuple(out)
+
+
+def _with_structures(
+    source: Fields, tensors: tuple[DeltaTensor, ...], structures: list[Structure], numbers: list[int]
+) -> tuple[DeltaTensor, ...]:
+    """Returns the tensors with their structures (R-DLT-017)."""
+    at = place_of(source, "structured")
+    if len(numbers) != len(tensors):
+        words = f"the list 'structured' of the delta does not fit its {len(tensors)} names"
+        raise fault("R-DLT-017", words, offset=at)
+    out = []
+    for tensor, number in zip(tensors, numbers, strict=True):
+        if number > len(structures):
+            words = f"the number of its structure is {number}, but the delta has {len(structures)} structures"
+            raise fault("R-DLT-017", words, tensor=tensor.name, offset=at)
+        out.append(replace(tensor, structure=structures[number - 1] if number else None))
     return tuple(out)
 
 

@@ -10,12 +10,13 @@ from ..errors import FileFault, fault, placed
 from ..limits import Limits
 from . import messagepack
 from .delta_map import FEATURE, DeltaMap
+from .delta_parts import PARTS_FEATURE
 from .entry import TensorEntry
 from .fields import Fields, place_of, require_absent, required, typed
 from .plain_entries import Outline, PlainTensors, looks_plain, plain_tensors
 from .preamble import SIZE
 
-KNOWN_FEATURES: frozenset[str] = frozenset((FEATURE,))  # SPEC.md 25.3
+KNOWN_FEATURES = (FEATURE, PARTS_FEATURE)  # SPEC.md 25.3
 _KNOWN_KEYS = frozenset(("tensors", "metadata", "features", "delta"))
 # The least number of plain tensors for which checking them together is faster.
 _WORTH_COLUMNS = 8
@@ -137,7 +138,9 @@ class Directory:
             words = f"the chunks end at byte {SIZE + sum(stored)}, the directory begins at byte {chunks_end}"
             raise fault("R-LAY-003", words)
         other = {key: value for key, value in root.items() if key not in _KNOWN_KEYS}
-        delta = None if source is None else DeltaMap.from_map(source, tensors, limits)
+        delta = None
+        if source is not None:
+            delta = DeltaMap.from_map(source, tensors, limits, parts=PARTS_FEATURE in features)
         return cls(tensors, metadata, features, other, stored, plain, delta)
 
     def offsets(self) -> dict[str, int]:

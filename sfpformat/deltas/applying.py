@@ -61,7 +61,7 @@ def apply_delta(
             already, or deltas between are missing. Nothing was changed.
         MismatchError: an array cannot be changed in place. Nothing was changed.
         InvalidFileError, UnsupportedError, LimitError: the delta is damaged. Nothing was changed.
-        OptionError: the file is not a delta.
+        OptionError: the file is not a delta, or stores masks, levels or importances.
         OSError: the delta cannot be read, or old elements cannot be kept in a temporary file. Nothing was
             changed: what was changed before the error is restored.
         PartlyChangedError: elements could not be restored after such an error. Names their tensors.
@@ -70,6 +70,7 @@ def apply_delta(
     if not isinstance(delta, Delta):
         with Delta(delta, limits=limits, engine=engine, threads=threads) as opened:
             return apply_delta(target, opened, threads=threads)
+    delta.require_elements()
     delta.require_base(ArrayTensors(target).specs)
     in_place = {t.name for t in delta.map.tensors if t.name in target and stays_in_place(t, target[t.name])}
     change = Change(delta, _views_of(target, delta.map), in_place, threads or os.cpu_count() or 1)

@@ -21,6 +21,7 @@ from ..errors import OptionError, fault, placed
 from ..io.closing import Closing
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
+from ..names import quoted
 from .tensors import Spec
 
 # Gaps and levels are decoded for several blocks at once, up to this number of them.
@@ -296,12 +297,26 @@ class Delta(Closing):
             if tensor.kind != "replaced" and found != (tensor.dtype, tensor.shape):
                 words = f"the base has {found.dtype.name} {list(found.shape)}, the delta needs "
                 words += f"{tensor.dtype.name} {list(tensor.shape)}"
+                if tensor.structure is not None:
+                    words += "; these are levels, so that the base must be the .sfp file"
                 raise fault("R-DLT-009", words, tensor=tensor.name, offset=self._offset)
         known = {tensor.name for tensor in self.map.tensors}
         for name in specs:
             if name not in known:
                 words = "the delta was made from a base without this tensor"
                 raise fault("R-DLT-009", words, tensor=name, offset=self._offset)
+
+    def require_elements(self) -> None:
+        """Checks that the delta compares only elements, so that it can be applied to arrays.
+
+        Raises:
+            OptionError: it stores the mask, levels or importance of a tensor.
+        """
+        for name in self.map.more_than_elements():
+            raise OptionError(
+                f"the delta stores mask, levels or importance of {quoted(name)}, which arrays do not have; "
+                "open it with its base, or write it with parts=False"
+            )
 
     def require_checksum(self, tensor: DeltaTensor, found: int) -> None:
         """Checks the checksum of a tensor of a base (R-DLT-009).

@@ -13,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.changes import Patterns, kind_of
+from ..coding.mask import Mask
+from ..coding.quantisers import F32
 from ..container.delta_map import DeltaTensor
+from ..decode.parts import Parts, parts_of
 from ..decode.selection import Index, Selection, select
-from ..errors import FileFault, MissingTensorError, OptionError
+from ..errors import FileFault, MissingTensorError, OptionError, placed
 from ..io.closing import Closing
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from .checksums import checksum_of
+from .parts import in_parts, names_of_parts, result_specs
 from .reading import Delta, Found, Part, PoolChanges
-from .tensors import Array, OpenTensors, Source, Spec, Tensors, patterns_of, selected
+from .tensors import Array, OpenTensors, Source, Spec, Tensors, gathered, patterns_of, selected
 
 # The most deltas of a chain: each holds a file open and needs memory for a few tensors.
 MAX_CHAIN = 256
@@ -71,19 +75,22 @@ class DeltaFile(Closing):
             self.delta = self._stack.enter_context(
                 Delta(readable, limits=limits, engine=engine, threads=threads)
             )
-            self._base: Tensors = self._stack.enter_context(OpenTensors(base, limits)).tensors
+            self._whole_base: Tensors = self._stack.enter_context(OpenTensors(base, limits)).tensors
+            self._base = in_parts(self._whole_base, self.delta)
             self.delta.require_base(self._base.specs)
-            if isinstance(self._base, DeltaFile):
-                _require_link(self._base.delta, self.delta)
+            self._linked: set[str] = set()
+            if isinstance(self._whole_base, DeltaFile):
+                self._linked = _require_link(self._whole_base.delta, self.delta)
         except BaseException:
             self.close()
             raise
         kept = [tensor for tensor in self.delta.map.tensors if tensor.kind != "removed"]
         self._tensors = {tensor.name: tensor for tensor in kept}
-        self.specs: dict[str, Spec] = {tensor.name: Spec(tensor.dtype, tensor.shape) for tensor in kept}
+        self.specs: dict[str, Spec] = result_specs(self.delta.map)
         self._places: dict[str, _Place] | None = None
-        # Block -> its parts and their coded elements, for the next tensors of the same block.
-        self._recent: tuple[PoolChanges, int, list[tuple[Part, Found]]] | None = None
+        # Pool -> its last block, with its parts and their coded elements, for the next tensors of the block.
+        self._recent: dict[PoolChanges, tuple[int, list[tuple[Part, Found]]]] = {}
+        self._recent_parts: tuple[str, Parts] | None = None
         self._checked: set[str] = set()
         self._lock = threading.RLock()
 
@@ -94,7 +101,7 @@ class DeltaFile(Closing):
     @property
     def base(self) -> Tensors:
         """The tensors of the base."""
-        return self._base
+        return self._whole_base
 
     def keys(self) -> list[str]:
         """Returns the names of the tensors of the result."""
@@ -126,14 +133,15 @@ class DeltaFile(Closing):
             InvalidFileError: delta or base is damaged.
             LimitError: a tensor exceeds a limit.
         """
-        return self._whole(name)[0]
+        tensor = self._tensor(name)
+        return self._whole(tensor)[0] if tensor.structure is None else self._in_parts(tensor).values()
 
-    def _whole(self, name: str) -> tuple[Array, list[tuple[int, Found]]]:
-        """Returns a tensor, and the first element and the changes of each of its parts in the delta.
+    def _whole(self, tensor: DeltaTensor) -> tuple[Array, list[tuple[int, Found]]]:
+        """Returns a listed tensor, and the first element and the changes of each of its parts in the delta.
 
         Compares the checksums of the tensor and of those whose elements are in the same blocks.
         """
-        tensor = self._tensor(name)
+        name = tensor.name
         with self._lock:
             if tensor.kind in ("replaced", "added"):
                 array = self.delta.stored(tensor)
@@ -160,6 +168,9 @@ class DeltaFile(Closing):
         tensor = self._tensor(name)
         if selection.contiguous and selection.size == math.prod(tensor.shape):
             return np.array(self.get_tensor(name)).reshape(selection.shape)
+        if tensor.structure is not None:
+            flat = self._in_parts(tensor).values().reshape(-1)
+            return gathered(selection, flat.dtype, lambda start, stop: flat[start:stop])
         if tensor.kind in ("replaced", "added"):
             return selected(self.delta.file, name, selection)
         out = self._base.read_part(name, selection)
@@ -171,6 +182,12 @@ class DeltaFile(Closing):
     def changed_part(self, name: str, selection: Selection) -> NDArray[np.bool_]:
         """Returns which of the selected elements of a tensor change; like `DeltaSlice.get_changed`."""
         tensor = self._tensor(name)
+        if tensor.structure is not None:
+            new = self.read_part(name, selection)
+            if self._whole_base.specs[name].dtype != self.specs[name].dtype:
+                return np.ones(selection.shape, np.bool_)
+            old, size = self._whole_base.read_part(name, selection), new.dtype.itemsize
+            return np.asarray(old.view(f"u{size}") != new.view(f"u{size}"))
         if tensor.kind != "changed":
             return np.full(selection.shape, tensor.kind != "unchanged")
         pool, _ = self._place(name)
@@ -213,11 +230,10 @@ class DeltaFile(Closing):
             BaseMismatchError: the delta was made from another base.
             InvalidFileError: the base is damaged.
         """
-        if isinstance(self._base, DeltaFile):  # its results have the right checksums
-            self._base.check_base()
-            return
+        if isinstance(self._whole_base, DeltaFile):  # its results have the checksums that were compared
+            self._whole_base.check_base()
         for tensor in self.delta.map.tensors:
-            if tensor.kind != "added" and tensor.name not in self._checked:
+            if tensor.kind != "added" and tensor.name not in self._checked | self._linked:
                 self._require_checked(tensor, self._base.read(tensor.name))
 
     def check(self, names: Iterable[str] | None = None) -> None:
@@ -242,7 +258,71 @@ class DeltaFile(Closing):
         Raises:
             MissingTensorError: the result has no tensor of that name.
         """
-        return DeltaSlice(self, self._tensor(name))
+        self._tensor(name)
+        return DeltaSlice(self, name, self.specs[name])
+
+    # ---------------------------------------------------------------------------------- masks, importances
+
+    def parts(self, name: str) -> Parts | None:
+        """Returns a tensor with its mask, levels, importance and vectors.
+
+        Returns:
+            The parts. None if the tensor is no more than its elements.
+
+        Raises:
+            MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
+        """
+        tensor = self._tensor(name)
+        if tensor.structure is not None:
+            return self._in_parts(tensor)
+        if tensor.kind in ("replaced", "added"):
+            self.get_tensor(name)  # compares the checksum
+            return parts_of(self.delta.file, name)
+        return None
+
+    def get_mask(self, name: str) -> Mask:
+        """Returns the mask of a tensor, as `SfpFile.get_mask`. All True without a mask.
+
+        Raises:
+            MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
+        """
+        found, shape = self.parts(name), self.specs[name].shape
+        return np.ones(shape, np.bool_) if found is None else found.survivors.reshape(shape)
+
+    def get_importance(self, name: str) -> F32 | None:
+        """Returns the importance of every position, as `SfpFile.get_importance`.
+
+        Raises:
+            MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
+        """
+        found = self.parts(name)
+        importances = None if found is None else found.importances()
+        return None if importances is None else importances.reshape(self.specs[name].shape)
+
+    def get_survivors(self, name: str) -> tuple[NDArray[np.int64], Array]:
+        """Returns positions and weights of the survivors, as `SfpFile.get_survivors`.
+
+        Raises:
+            MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
+        """
+        positions = np.flatnonzero(self.get_mask(name))
+        return positions, self.get_tensor(name).reshape(-1)[positions]
+
+    def _in_parts(self, tensor: DeltaTensor) -> Parts:
+        """Returns a tensor that the delta lists as parts. Keeps it for the next call."""
+        separator = self.delta.map.separator
+        assert tensor.structure is not None
+        assert separator is not None
+        with self._lock:
+            if self._recent_parts is None or self._recent_parts[0] != tensor.name:
+                self._recent_parts = None
+                names = names_of_parts(tensor, separator, self._tensors)
+                arrays = {part: self._whole(self._tensors[name])[0] for part, name in names.items()}
+                found = Parts.of_arrays(tensor.structure, tensor.shape, arrays)
+                with placed(tensor=tensor.name, base=self.delta.file.preamble.directory_offset):
+                    found.require_valid()
+                self._recent_parts = tensor.name, found
+            return self._recent_parts[1]
 
     def get_changes(self, name: str) -> tuple[NDArray[np.int64], Array]:
         """Returns the changed elements of a tensor.
@@ -255,20 +335,24 @@ class DeltaFile(Closing):
         Raises:
             MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
         """
-        tensor = self._tensor(name)
-        array, changes = self._whole(name)
-        new = patterns_of(array, tensor.dtype)
+        tensor, dtype = self._tensor(name), self.specs[self._tensor(name).name].dtype
+        if tensor.structure is not None:
+            values, changed = self.get_tensor(name).reshape(-1), self.get_slice(name).get_changed()
+            positions = np.flatnonzero(changed)
+            return positions, values[positions]
+        array, changes = self._whole(tensor)
+        new = patterns_of(array, dtype)
         positions = np.arange(len(new) if tensor.kind in ("replaced", "added") else 0)
         if changes:
             positions = np.concatenate([found.positions.astype(np.int64) + start for start, found in changes])
         values = new[positions]
-        number = tensor.dtype.numpy
+        number = dtype.numpy
         if number.kind == "c":
             number = np.dtype(f"<f{new.itemsize}")
         return positions, values.view(number)
 
     def _tensor(self, name: str) -> DeltaTensor:
-        if name not in self._tensors:
+        if name not in self.specs:
             raise MissingTensorError(f"no tensor {name!r} in the result of the delta")
         return self._tensors[name]
 
@@ -301,7 +385,7 @@ class DeltaFile(Closing):
             last: the last block that the caller needs.
             base: the tensor in the base, or None to read only its elements in the block.
         """
-        if self._recent is None or self._recent[:2] != (pool, block):
+        if pool not in self._recent or self._recent[pool][0] != block:
             parts = pool.parts(block)
             flats = []
             for part in parts:
@@ -318,8 +402,8 @@ class DeltaFile(Closing):
             pairs = [
                 (part, _without_same(one, flat)) for part, one, flat in zip(parts, found, flats, strict=True)
             ]
-            self._recent = pool, block, pairs
-        return [(part.start, found) for part, found in self._recent[2] if part.member == own]
+            self._recent[pool] = block, pairs
+        return [(part.start, found) for part, found in self._recent[pool][1] if part.member == own]
 
     def _elements(self, member: DeltaTensor, width: int, part: Part) -> Patterns:
         """Reads the elements of a part from the base."""
@@ -378,19 +462,20 @@ class DeltaSlice:
     A slice cannot be compared with the checksum of a whole tensor. Checked are: names, dtypes and shapes of
     the base, the checksums of the chunks that are decoded, and that the changes of each block fit the base's
     exponents (R-DLT-011). A wrong base with the same exponents is not detected. `DeltaFile.check` compares
-    the checksums of whole tensors; so does an index that selects a whole tensor.
+    the checksums of whole tensors; so does an index that selects a whole tensor, and any index of a tensor
+    that the delta stores in parts: it is computed as a whole.
     """
 
-    def __init__(self, file: DeltaFile, tensor: DeltaTensor) -> None:
-        self._file, self._tensor = file, tensor
+    def __init__(self, file: DeltaFile, name: str, spec: Spec) -> None:
+        self._file, self._name, self._spec = file, name, spec
 
     def get_shape(self) -> list[int]:
         """Returns the tensor's shape."""
-        return list(self._tensor.shape)
+        return list(self._spec.shape)
 
     def get_dtype(self) -> str:
         """Returns the name of the tensor's dtype, such as ``"BF16"``."""
-        return self._tensor.dtype.name
+        return self._spec.dtype.name
 
     def __getitem__(self, index: Index) -> Array:
         """Returns the selected part as a new array.
@@ -402,7 +487,7 @@ class DeltaSlice:
             IndexError: the index does not fit the shape, or has an item of another type.
             BaseMismatchError, InvalidFileError, LimitError: as in `DeltaFile.get_tensor`.
         """
-        return self._file.read_part(self._tensor.name, select(self._tensor.shape, index))
+        return self._file.read_part(self._name, select(self._spec.shape, index))
 
     def get_changed(self, index: Index = ...) -> NDArray[np.bool_]:
         """Returns which of the selected elements differ from the base: bool, of the shape of the selection.
@@ -410,7 +495,7 @@ class DeltaSlice:
         All elements of replaced and added tensors count as different. Decodes only the blocks that contain
         the selected elements. Same arguments and errors as indexing.
         """
-        return self._file.changed_part(self._tensor.name, select(self._tensor.shape, index))
+        return self._file.changed_part(self._name, select(self._spec.shape, index))
 
 
 def open_chain(
@@ -452,9 +537,18 @@ def open_chain(
     return found
 
 
-def _require_link(first: Delta, second: Delta) -> None:
-    """Checks that the base of a delta is the result of the one before, by their checksums."""
-    results = {tensor.name: tensor.result for tensor in first.map.tensors if tensor.kind != "removed"}
+def _require_link(first: Delta, second: Delta) -> set[str]:
+    """Checks that the base of a delta is the result of the one before, by their checksums.
+
+    Returns the names of the tensors that were compared: those that both deltas list as parts, or both do not.
+    """
+    listed = {tensor.name: tensor for tensor in first.map.tensors if tensor.kind != "removed"}
+    compared = set()
     for tensor in second.map.tensors:
-        if tensor.kind != "added":
-            second.require_checksum(tensor, results[tensor.name])
+        before = listed.get(tensor.name)
+        if tensor.kind == "added" or before is None:
+            continue
+        if (before.structure is None) == (tensor.structure is None):
+            second.require_checksum(tensor, before.result)
+            compared.add(tensor.name)
+    return compared

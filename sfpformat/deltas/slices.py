@@ -128,6 +128,7 @@ class _SlicedChange:
         self._boxes = _boxes_of(layouts)
         whole = {name: (dtype, shape) for name, (dtype, shape, _, _) in layouts[0][1].items()}
         specs = {name: Spec(DTYPES[dtype], shape) for name, (dtype, shape) in whole.items()}
+        self._delta.require_elements()
         self._delta.require_base(specs)
         views = {name: patterns_of(part.array, specs[name].dtype) for name, part in self._slices.items()}
         tensors = {tensor.name: tensor for tensor in self._delta.map.tensors}

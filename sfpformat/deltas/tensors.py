@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..coding.changes import Patterns, kind_of
 from ..container.preamble import MAGIC
 from ..decode.opening import open_any
+from ..decode.parts import Parts, parts_of
 from ..decode.reader import SfpFile
 from ..decode.selection import Selection
 from ..decode.shards import ShardedFile, ShardIndex
@@ -40,7 +41,11 @@ class Spec(NamedTuple):
 
 
 class Tensors(Protocol):
-    """The tensors of a model."""
+    """The tensors of a model.
+
+    Those of an `.sfp` file also have a method ``parts(name)``, which returns a tensor as `Parts`, or None if
+    it is no more than its elements.
+    """
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -109,6 +114,10 @@ class FileTensors:
 
     def read_part(self, name: str, selection: Selection) -> Array:
         return selected(self._file, name, selection)
+
+    def parts(self, name: str) -> Parts | None:
+        """Returns a tensor in parts; None if it is no more than its elements."""
+        return parts_of(self._file.file_of(name), name)
 
     def metadata(self) -> dict[str, str]:
         return self._file.metadata()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from ..coding.changes import Changes, Patterns, kind_of
 from ..container.delta_map import MAX_BLOCK, DeltaMap, DeltaTensor, Pool
+from ..container.delta_parts import part_name
+from ..decode.parts import Parts
 from ..dtypes import DTYPES, Dtype
 from ..encode.arguments import require_name
 from ..encode.sink import Target
@@ -24,7 +26,8 @@ from ..io.checksum import crc32
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
 from .checksums import checksum_of, joined, of_parts
-from .tensors import Array, OpenTensors, Source, Spec, patterns_of, spec_of
+from .parts import base_parts, parts_from, separator_for
+from .tensors import Array, OpenTensors, Source, Spec, Tensors, patterns_of, spec_of
 
 # Elements per block: many enough that its changes fill segments of one exponent, few enough for many threads
 # (figures in tests/figures/README.md).
@@ -84,6 +87,7 @@ class DeltaWriter:
         base_name: str | None = None,
         metadata: dict[str, str] | None = None,
         block: int = BLOCK,
+        separator: str = "/",
         engine: str | None = None,
         threads: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
@@ -95,6 +99,8 @@ class DeltaWriter:
             base_name: a name of the base, for people. It is not checked.
             metadata: the strings of the result.
             block: elements per block, 1 to 2^24. A reader needs the base's elements of whole blocks.
+            separator: what stands between the names of a tensor and of its parts, for `add_parts`. No other
+                tensor may have the name of a part.
             engine, threads, limits: same as for `Writer`.
 
         Raises:
@@ -113,6 +119,7 @@ class DeltaWriter:
         self._tensors: list[DeltaTensor] = []
         self._names: set[str] = set()
         self._written: DeltaMap | None = None
+        self._separator = separator
         self._open_pools: dict[str, _OpenPool] = {}
         self._pools: list[Pool] = []  # those that are written
         self._open = True
@@ -134,6 +141,7 @@ class DeltaWriter:
         base: Array | None,
         new: Array | None,
         *,
+        whole: Parts | None = None,
         other: Mapping[str, object] | None = None,
         copy: bool = False,
     ) -> DeltaTensor:
@@ -146,6 +154,8 @@ class DeltaWriter:
             name: its name, which no other tensor has.
             base: the tensor in the base, or None if the result adds it.
             new: the tensor in the result, or None if the result does not have it.
+            whole: the tensor of the result with its mask, levels and importance, so that it is stored whole;
+                ``new`` has its elements.
             other: additional keys for the entry of a tensor that is stored whole; same as for `Writer.add`.
             copy: whether to copy the arrays of a changed tensor.
 
@@ -159,19 +169,36 @@ class DeltaWriter:
         require_name(name, self._limits)
         if name in self._names:
             raise OptionError(f"tensor {quoted(name)} was already added")
-        tensor = self._compared(name, base, new, forced=other is not None)
+        tensor = self._compared(name, base, new, forced=other is not None or whole is not None)
         self._limits.require_written("tensors", len(self._tensors) + 1, f"tensor {quoted(name)}")
         if tensor.kind == "changed":
             assert base is not None
             assert new is not None
             old, now = patterns_of(base, tensor.dtype), patterns_of(new, tensor.dtype)
             self._add_changed(tensor, *((old.copy(), now.copy()) if copy else (old, now)))
+        elif tensor.kind in ("replaced", "added") and whole is not None:
+            self._writer.add_parts(name, whole, other=other)
         elif tensor.kind in ("replaced", "added"):
             assert new is not None
             self._writer.add(name, new, other=other)
         self._names.add(name)
         self._tensors.append(tensor)
         return tensor
+
+    def add_parts(self, name: str, base: Parts, new: Parts) -> None:
+        """Adds a tensor in parts: how its mask, levels, importance and vectors differ from those of the base.
+
+        Args:
+            name: its name.
+            base, new: the tensor in base and result, with weights of equal dtype and shape.
+
+        Raises:
+            OptionError, OSError, ClosedFileError: as in `add`.
+        """
+        at, old, now = len(self._tensors), base.arrays(), new.arrays()
+        for part in sorted(old.keys() | now.keys()):
+            self.add(part_name(name, self._separator, part), old.get(part), now.get(part))
+        self._tensors[at] = replace(self._tensors[at], structure=new.structure)
 
     @property
     def described(self) -> DeltaMap:
@@ -192,7 +219,8 @@ class DeltaWriter:
             raise OptionError(f"tensor {quoted(name)} is neither in the base nor in the result")
         if base is None or new is None or old != now:
             kind = "added" if base is None else "removed" if new is None else "replaced"
-            return DeltaTensor(name, kind, *spec, *map(self._checksum, (base, new), (old, now)))
+            checksums = self._checksum(base, old), self._checksum(new, now)
+            return DeltaTensor(name, kind, *spec, *checksums)
         crc_base, crc_new, same = self._checksums(patterns_of(base, spec.dtype), patterns_of(new, spec.dtype))
         kind = "replaced" if forced else "unchanged" if same else "changed"
         return DeltaTensor(name, kind, *spec, crc_base, crc_new)
@@ -265,7 +293,11 @@ class DeltaWriter:
         try:
             for pool in list(self._open_pools.values()):
                 self._finish_pool(pool)
-            written = DeltaMap(tuple(self._tensors), tuple(self._pools), self._block, self._base_name, {})
+            has_parts = any(tensor.structure is not None for tensor in self._tensors)
+            separator = self._separator if has_parts else None
+            written = DeltaMap(
+                tuple(self._tensors), tuple(self._pools), self._block, self._base_name, {}, separator
+            )
             self._writer.set_delta(written)
             self._writer.close()
         except BaseException:
@@ -368,6 +400,7 @@ def write_delta(
     *,
     base_name: str | None = None,
     metadata: dict[str, str] | None = None,
+    parts: bool = True,
     block: int = BLOCK,
     engine: str | None = None,
     threads: int | None = None,
@@ -383,6 +416,9 @@ def write_delta(
             safetensors file, of the index of a model in shards, or of a folder with one `.sfp` model.
         base_name: a name of the base, for people. None uses the file name of ``base``.
         metadata: the strings of the result. None uses those of ``new``.
+        parts: whether the result keeps masks, levels, quantisers and importances of the tensors of an `.sfp`
+            file. The base must then have their levels, too. If false, the delta compares elements, and fits
+            any base with the same elements, such as the arrays of `apply_delta`.
         block, engine, threads, limits: same as for `DeltaWriter`.
 
     Returns:
@@ -399,16 +435,46 @@ def write_delta(
             base_name=old.name if base_name is None else base_name,
             metadata=now.tensors.metadata() if metadata is None else metadata,
             block=block,
+            separator=separator_for([*old.tensors.specs, *now.tensors.specs]),
             engine=engine,
             threads=threads,
             limits=limits,
         )
         with writer:
             for name in now.tensors.specs:
-                before = old.tensors.read(name) if name in old.tensors.specs else None
-                writer.add(name, before, now.tensors.read(name))
+                add_from(writer, name, old.tensors, now.tensors, parts=parts)
             for name in old.tensors.specs:
                 if name not in now.tensors.specs:
                     writer.add(name, old.tensors.read(name), None)
             writer.close()
             return writer.described
+
+
+def add_from(
+    writer: DeltaWriter,
+    name: str,
+    base: Tensors,
+    new: Tensors,
+    *,
+    parts: bool = True,
+    other: Mapping[str, object] | None = None,
+) -> None:
+    """Adds a tensor of a result, in parts if it has more than elements.
+
+    Args:
+        writer: the writer of the delta.
+        name: the tensor's name in both models.
+        base, new: the tensors of base and result.
+        parts: same as for `write_delta`.
+        other: same as for `DeltaWriter.add`.
+
+    Raises:
+        OptionError, InvalidFileError, LimitError, OSError: as in `write_delta`.
+    """
+    now = parts_from(new, name) if parts else None
+    old = None if now is None else base_parts(now, base, name)
+    if now is not None and old is not None and other is None:
+        writer.add_parts(name, old, now)
+        return
+    before = base.read(name) if name in base.specs else None
+    writer.add(name, before, new.read(name), whole=now, other=other)

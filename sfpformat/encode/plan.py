@@ -68,7 +68,7 @@ def plan_tensor(
         flat = flat.view(np.uint8) != 0  # in memory, true may be a byte other than 1 (R-RAW-004)
     if dtype.is_float and options.zeros == "positive":
         flat = with_positive_zeros(flat)
-    entry = _raw_entry(name, dtype, array.shape, options)
+    entry = raw_entry(name, dtype, array.shape, options)
     raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk), bits=flat.nbytes * 8)
     extras = mask is not None or importance is not None
     if options.coding == "raw" or not dtype.is_float:
@@ -84,7 +84,7 @@ def plan_tensor(
         if dense is not None:
             plan, bits = dense
             return (
-                raw if bits >= flat.nbytes * 8 else _within_expansion(replace(plan, bits=bits), bits, limits)
+                raw if bits >= flat.nbytes * 8 else within_expansion(replace(plan, bits=bits), bits, limits)
             )
         planner = Planner(raw, options, engine, flat_mask(mask, array.shape), workers or Workers())
         found = planner.plan(importance)
@@ -100,13 +100,13 @@ def plan_tensor(
             assert options.lossy is not None
             raise OptionError(KINDS[options.lossy.NAME].why_none(options.lossy))
         plan, bits = found
-        _require_readable(plan)
+        require_readable(plan)
     except OptionError as error:
         raise OptionError(f"tensor {name!r}: {error}") from None
     plan = replace(plan, bits=bits)
     if may_be_raw and is_lossless and bits >= flat.nbytes * 8:
         return raw
-    return _within_expansion(plan, bits, limits)
+    return within_expansion(plan, bits, limits)
 
 
 def _lossless_plan(
@@ -136,14 +136,14 @@ def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
     dtype = of_numpy(flat.dtype)
     assert dtype is not None
     options = Options()
-    entry = _raw_entry("", dtype, flat.shape, options)
+    entry = raw_entry("", dtype, flat.shape, options)
     raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk))
     found = Planner(raw, options, get_engine(None, flat.size), mask, Workers()).plan(None)
     assert found is not None
     return found[1]
 
 
-def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
+def within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
     """Returns the plan, with smaller chunks if the tensor would exceed ``limits.expansion``.
 
     A chunk has at least 64 bytes (SPEC.md 15.1), so that enough chunks keep any tensor within the limit.
@@ -171,7 +171,7 @@ def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
     )
 
 
-def _require_readable(plan: Plan) -> None:
+def require_readable(plan: Plan) -> None:
     """Raises `OptionError` if a reader would refuse the plan.
 
     The reasons are numbers beyond float32, and factors beyond their dtype.
@@ -204,7 +204,7 @@ def flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
     return np.ascontiguousarray(mask).reshape(-1)
 
 
-def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options) -> TensorEntry:
+def raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options) -> TensorEntry:
     segment = options.segment or SEGMENT
     return TensorEntry(
         name, dtype, tuple(shape), "raw", segment, max(options.chunk // segment, 1), _NO_CHUNKS

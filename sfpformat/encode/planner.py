@@ -118,7 +118,7 @@ class Planner:
         found = self._smallest(self._sources(importance, stored), at_most)
         if found is not None and stored is not None:
             options = self.options.importance or ImportanceOptions()
-            plan, more = self._with_importance(found[0], stored, options)
+            plan, more = self.with_importance(found[0], stored, options)
             found = plan, found[1] + more
         return None if found is not None and at_most is not None and found[1] > at_most else found
 
@@ -248,7 +248,7 @@ class Planner:
         if kind == "none":
             if given is not None and not given.all():
                 raise OptionError("a mask was given and mask is 'none'")
-            yield self._plan_streams(source.with_zero(), None, 1.0)
+            yield self.plan_streams(source.with_zero(), None, 1.0)
             return
         survives = source.survives if given is None else _survivors_of(given)
         alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
@@ -258,12 +258,12 @@ class Planner:
             source = source.with_cached_levels(self.workers)
         masked: tuple[Plan, int] | None = None
         if not (density == 1.0 and kind == "auto") and not (optional and density > NEARLY_ALL):
-            masked = self._plan_streams(source, survives, density)
+            masked = self.plan_streams(source, survives, density)
             yield masked
         if (optional and density > DENSE) or (density == 1.0 and kind == "auto"):
-            yield self._plan_streams(source, None, 1.0)
+            yield self.plan_streams(source, None, 1.0)
         elif masked is not None and optional and self._has_many_negative_zeros(source):
-            plain = self._plan_streams(source, None, 1.0)
+            plain = self.plan_streams(source, None, 1.0)
             if plain[1] * _MASK_WORTH < masked[1] * (_MASK_WORTH - 1):
                 yield plain
 
@@ -271,7 +271,7 @@ class Planner:
         """Returns whether many weights are -0. They survive, so that a mask of only the +0 saves little."""
         return source.IS_LOSSLESS and zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
 
-    def _plan_streams(
+    def plan_streams(
         self,
         source: Source,
         survives: Survives | None,
@@ -322,7 +322,7 @@ class Planner:
         plan = Plan(entry, self.flat, blocks, coded, codes, dict(source.vectors()))
         return plan, bits + choice.bits
 
-    def _with_importance(
+    def with_importance(
         self, plan: Plan, source: ImportanceSource | StoredFactors, options: ImportanceOptions
     ) -> tuple[Plan, int]:
         """Returns the plan with the importance added, and an estimate of the importance's bits."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..coding.bits import Bytes
 from ..coding.mask import Mask
 from ..container.delta_map import FEATURE, DeltaMap
+from ..container.delta_parts import PARTS_FEATURE
 from ..container.directory import Directory
 from ..container.entry import CHUNK_RECORD, TensorEntry
 from ..container.messagepack import depth_of
@@ -42,6 +43,9 @@ from .plan import plan_tensor
 from .planner import Importance
 from .resume import ResumableSink
 from .sink import Target, open_sink
+
+if TYPE_CHECKING:
+    from ..decode.parts import Parts
 
 _DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
 # Larger tensors, in bytes, are encoded while they are written, so that their chunks do not wait in memory.
@@ -315,6 +319,32 @@ class Writer:
         chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
         return self._write(_Encoded(plan.entry, None, chunks))
 
+    def add_parts(self, name: str, parts: Parts, *, other: Mapping[str, object] | None = None) -> TensorEntry:
+        """Encodes and writes a tensor whose mask, levels, importance and vectors are given.
+
+        Args:
+            name, other: same as for `add`.
+            parts: the tensor. `Parts.require_valid` accepts it.
+
+        Returns:
+            The tensor's entry in the directory.
+
+        Raises:
+            OptionError, OSError, ClosedFileError, SfpError: as in `add`.
+        """
+        from .parts import plan_parts  # lazy: most writers have no parts
+
+        self.flush()
+        nbytes = parts.weights.size * parts.structure.dtype.itemsize
+        self._require_addable(name, len(parts.shape), nbytes)
+        keys = checked_keys(name, {} if other is None else other, self._limits)
+        engine = self._engine_for(parts.weights.size)
+        plan = plan_parts(name, parts, engine, self._limits, self._workers)
+        entry = replace(plan.entry, other=keys) if keys else plan.entry
+        self._require_depth(entry)
+        chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
+        return self._write(_Encoded(entry, encode_vectors(plan), chunks))
+
     def set_delta(self, delta: DeltaMap) -> None:
         """Makes the file a delta. The map must describe the tensors that the file has when it is closed."""
         self._delta = delta
@@ -458,7 +488,9 @@ class Writer:
             self.flush()
             self._require_usable()
             self._workers.stop()
-            features = () if self._delta is None else (FEATURE,)
+            features: tuple[str, ...] = () if self._delta is None else (FEATURE,)
+            if self._delta is not None and self._delta.separator is not None:
+                features = (FEATURE, PARTS_FEATURE)
             directory = Directory(self._entries, self._metadata, features, delta=self._delta)
             offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
             data = directory.to_bytes()

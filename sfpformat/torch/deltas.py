@@ -38,6 +38,7 @@ def write_delta(
     *,
     base_name: str | None = None,
     metadata: dict[str, str] | None = None,
+    parts: bool = False,
     block: int = writing.BLOCK,
     engine: str | None = None,
     threads: int | None = None,
@@ -52,6 +53,7 @@ def write_delta(
         base, new: the base and the result: a module, a state dict, an open file, or the path of an `.sfp` or
             safetensors file or of an index. Of tied tensors of a module, only the first name in alphabetical
             order counts, as for `save_model`.
+        parts: same as for `sfpformat.write_delta`, but false by default: `apply_delta` takes only elements.
         base_name, metadata, block, engine, threads, limits: same as for `sfpformat.write_delta`.
 
     Returns:
@@ -68,6 +70,7 @@ def write_delta(
         arrays_of(new),
         base_name=base_name,
         metadata=metadata,
+        parts=parts,
         block=block,
         engine=engine,
         threads=threads,
@@ -125,7 +128,8 @@ def apply_delta(
 
     Raises:
         BaseMismatchError: the target is not the base of the delta. Nothing was changed.
-        OptionError: the file is not a delta, a tensor has no memory of its own, or the structure of a module
+        OptionError: the file is not a delta, or stores masks, levels or importances (written without
+            ``parts=False``); a tensor has no memory of its own, or the structure of a module
             would change; the parts of processes overlap or leave elements out. Nothing was changed.
         ProcessError: another process failed. No process changed anything.
         InvalidFileError, UnsupportedError, LimitError: the delta is damaged. Nothing was changed.
@@ -135,6 +139,7 @@ def apply_delta(
     if not isinstance(delta, Delta):
         with Delta(delta, limits=limits, engine=engine, threads=threads) as opened:
             return apply_delta(target, opened, slices=slices, group=group, threads=threads)
+    delta.require_elements()
     if slices is not None or _has_dtensors(target):
         return apply_slices(target, delta, slices or {}, group)
     state = _state_of(target, delta.map)

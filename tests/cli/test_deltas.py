@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 
 from sfpformat.cli import main
+from sfpformat.decode.parts import parts_of
+from sfpformat.decode.reader import SfpFile
 from sfpformat.numpy import save_file
 
+from ..format.test_delta_parts import file_of, model, same_parts
 from ..format.test_deltas import Arrays, arrays, stepped
 from .test_main import make, sharded
 
@@ -206,3 +209,33 @@ def test_shards_do_not_replace_those_of_the_base(tmp_path: Path, capsys: Capture
         kept[tmp_path / "base" / "model-00002-of-00003.safetensors"]
     )
     assert {path: path.read_bytes() for path in (tmp_path / "base").iterdir()} == kept
+
+
+def test_masks_levels_and_importances_come_through_apply_and_squash(tmp_path: Path, capsys: Capture) -> None:
+    files = [tmp_path / f"m{n}.sfp" for n in (1, 2, 3)]
+    for number, path in enumerate(files):
+        path.write_bytes(file_of(model(number, 0.02 * number)))
+    deltas = [tmp_path / f"d{n}.sfp" for n in (1, 2)]
+    for delta, base, new in zip(deltas, files, files[1:], strict=False):
+        assert sfp("delta", base, new, "-o", delta) == 0
+    assert "with mask, levels or importance" in capsys.readouterr().out
+    squashed, made = tmp_path / "d.sfp", tmp_path / "new.sfp"
+    assert sfp("squash", files[0], *deltas, "-o", squashed) == 0
+    for chain in (deltas, [squashed]):
+        assert sfp("apply", files[0], *chain, "-o", made) == 0
+        with SfpFile(made) as found, SfpFile(files[2]) as expected:
+            assert list(found) == list(expected)
+            for name in expected:
+                same_parts(parts_of(found, name), parts_of(expected, name))
+    assert sfp("diff", files[2], made) == 0
+    assert sfp("diff", files[1], deltas[1]) == 1
+    assert sfp("verify", *deltas, squashed, made) == 0
+    capsys.readouterr()
+    assert sfp("info", deltas[0], "--json") == 0
+    described = json.loads(capsys.readouterr().out)["delta"]
+    assert described["kinds"] == {"changed": 6}
+    assert described["tensors"][0]["structure"]["quantiser"] == "exact"
+    elements = tmp_path / "e.sfp"
+    assert sfp("delta", files[0], files[1], "-o", elements, "--elements") == 0
+    with SfpFile(elements) as file:
+        assert file.directory.features == ("delta",)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file as save_safetensors
 from sfp_conformance import slow_reader
-from sfp_conformance.contents import plain_tensors
 from sfp_conformance.forge import Forge
-from sfp_conformance.slow_reader.delta import Plain, result_of
+from sfp_conformance.slow_reader.delta import elements_of
+from sfp_conformance.slow_reader.parts import Plain
 
 import sfpformat
 from conformance.recipes.deltas import base_of, delta, sample
@@ -113,7 +113,8 @@ def slow_result(data: bytes, base: Arrays) -> Arrays:
     """The result of a delta as the slow reader computes it."""
     file = slow_reader.read(data)
     plain = {n: Plain(_dtype(a).name, list(a.shape), a.tobytes()) for n, a in base.items()}
-    found = result_of(file.root, plain_tensors(file), plain)
+    stored = {n: Plain(t.dtype, list(t.shape), t.data) for n, t in file.tensors.items()}
+    found = elements_of(file.root, stored, plain)
     return {n: np.frombuffer(t.data, DTYPES[t.dtype].numpy).reshape(t.shape) for n, t in found.items()}
 
 

@@ -84,17 +84,28 @@ def read_result(data: bytes, base: bytes) -> Any:
         file.check_base()
         tensors = []
         for name, spec in file.specs.items():
-            found = array(spec.dtype.name, spec.shape, file.get_tensor(name).tobytes())
-            tensors.append({"name": name, **found})
+            out = {"name": name, **array(spec.dtype.name, spec.shape, file.get_tensor(name).tobytes())}
+            parts, importance = file.parts(name), file.get_importance(name)
+            if parts is not None and parts.structure.masked:
+                out["mask"] = array("U8", spec.shape, file.get_mask(name).tobytes())
+            if parts is not None and importance is not None:
+                structure = parts.structure.importance
+                assert structure is not None
+                own_importance = array("F32", spec.shape, importance.tobytes())
+                out["importance"] = {"role": structure.role, "over": structure.over, **own_importance}
+            tensors.append(out)
         return {"metadata": file.metadata(), "tensors": tensors}
 
 
 def applied(case: Case) -> Any:
     """Returns the result of a case that has a base; raises `FileFault`.
 
-    Checks that `apply_delta` gives the same result, and changes nothing if it refuses the base.
+    Checks that `apply_delta` gives the same result, and changes nothing if it refuses the base. It has no
+    result for tensors in parts.
     """
     data, base = data_of(case), (FOLDER / case["base"]).read_bytes()
+    if "delta-parts" in case["features"]:
+        return read_result(data, base)
     with sfpformat.SfpFile(base, engine="python") as file:
         target = {name: array_.copy() for name, array_ in file.get_tensors().items()}
     before = {name: array_.tobytes() for name, array_ in target.items()}

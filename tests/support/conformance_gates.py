@@ -60,6 +60,7 @@ UNBREAKABLE: dict[str, str] = {
     "R-REC-006": "about results",
     "R-RAW-001": "about results",
     "R-DLT-013": "about results",
+    "R-DLT-021": "about results",
     "R-LIM-001": "files beyond it break R-LIM-002",
 } | {f"R-CAN-{i:03}": "a file that is not canonical must be accepted" for i in range(1, 12)}
 
@@ -126,6 +127,7 @@ BORDERS: dict[str, tuple[set[int], dict[str, set[int]]]] = {
     "index width": ({0, 32}, {"R-IDX-001": {33, 255}}),
     "block": ({1, 2**24}, {"R-DLT-005": {0, 2**24 + 1, 2**64 - 1}}),
     "kind": ({0, 1, 2, 3, 4}, {"R-DLT-003": {5, 255}}),
+    "mask of a structure": ({0, 1}, {"R-DLT-019": {2, 2**64 - 1}}),
 }
 
 
@@ -138,6 +140,9 @@ def values_of(data: bytes) -> Iterator[tuple[str, int]]:
     if "delta" in root:
         yield "block", root["delta"]["block"]
         yield from (("kind", kind) for kind in root["delta"]["kinds"])
+        maps = root["delta"].get("structures", [])
+        structures = [map_ for map_ in maps if isinstance(map_, dict)] if isinstance(maps, list) else []
+        yield from (("mask of a structure", map_["mask"]) for map_ in structures if "mask" in map_)
     pos = 64
     for entry in root["tensors"]:
         yield from _entry_values(entry)

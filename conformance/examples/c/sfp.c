@@ -133,7 +133,11 @@
     X(R_DLT_010, "R-DLT-010", SFP_E_LAYOUT)                                                                    \
     X(R_DLT_011, "R-DLT-011", SFP_E_RANGE)                                                                     \
     X(R_DLT_012, "R-DLT-012", SFP_E_CRC)                                                                       \
-    X(R_DLT_016, "R-DLT-016", SFP_E_RANGE)
+    X(R_DLT_016, "R-DLT-016", SFP_E_RANGE)                                                                     \
+    X(R_DLT_017, "R-DLT-017", SFP_E_LAYOUT)                                                                    \
+    X(R_DLT_018, "R-DLT-018", SFP_E_LAYOUT)                                                                    \
+    X(R_DLT_019, "R-DLT-019", SFP_E_RANGE)                                                                     \
+    X(R_DLT_020, "R-DLT-020", SFP_E_RANGE)
 
 #define AS_NAME(name, id, error) name,
 #define AS_ROW(name, id, error) {id, error},
@@ -1316,8 +1320,8 @@ static uint64_t scale_factors(const entry *e)
     }
 }
 
-/* Lists the vectors of a tensor, and reads the record of their chunk (chapter 15.3). */
-static bool read_vectors(const directory *d, const entry_map *m, entry *e)
+/* Lists the vectors of a tensor (chapter 15.3). Returns their number of elements together. */
+static uint64_t list_vectors(entry *e)
 {
     const dtype *f32 = &DTYPES[F32];
     bool factors = e->told.importance == SFP_FACTORS && e->told.positions > 0;
@@ -1329,11 +1333,17 @@ static bool read_vectors(const directory *d, const entry_map *m, entry *e)
         [IMP_COLUMNS] = {factors ? e->columns : 0, e->factor_dtype},
     };
     memcpy(e->vectors, vectors, sizeof vectors);
-    bool wanted = false;
+    uint64_t elements = 0; /* each vector has at most 2^48 */
     for (size_t i = 0; i < VECTOR_COUNT; i++) {
-        wanted = wanted || vectors[i].elements > 0;
+        elements += vectors[i].elements;
     }
-    if (!wanted) {
+    return elements;
+}
+
+/* Lists the vectors of a tensor, and reads the record of their chunk (chapter 15.3). */
+static bool read_vectors(const directory *d, const entry_map *m, entry *e)
+{
+    if (list_vectors(e) == 0) {
         const value *record[] = {&m->vectors};
         return absent(d, record, 1);
     }
@@ -1442,6 +1452,8 @@ typedef struct delta_tensor {
     unsigned kind;
     uint32_t base, result; /* checksums */
     size_t stored;         /* number of the tensor of the file, for a replaced or added tensor */
+    bool in_parts;         /* whether these are the weights of a tensor in parts (28.4) */
+    size_t structure;      /* offset of its structure in the directory */
 } delta_tensor;
 
 /* A pool of a delta. */
@@ -1459,7 +1471,9 @@ typedef struct delta {
     delta_pool *pools;
     size_t pool_count;
     uint8_t *names; /* the joined names */
+    sfp_span separator;
     bool present;
+    bool parts; /* whether the file has the feature `delta-parts` */
 } delta;
 
 struct sfp_file {
@@ -1573,10 +1587,11 @@ static bool read_preamble(sfp_file *file, size_t length, sfp_fault *fault)
     return true;
 }
 
-/* Checks `features`: version 1.0 defines only `delta` (chapter 21). */
-static bool check_features(const directory *d, const value *features, bool *is_delta)
+/* Checks `features`: version 1.0 defines `delta` and `delta-parts` (chapter 21). */
+static bool check_features(const directory *d, const value *features, bool *is_delta, bool *has_parts)
 {
     *is_delta = false;
+    *has_parts = false;
     if (!has(features)) {
         return true;
     }
@@ -1584,7 +1599,7 @@ static bool check_features(const directory *d, const value *features, bool *is_d
         return false;
     }
     size_t at = features->content;
-    sfp_span before = NO_SPAN;
+    sfp_span before = NO_SPAN, unknown = NO_SPAN;
     value name;
     for (uint64_t i = 0; i < features->number && next_value(d, &at, &name); i++) {
         if (name.kind != STRING) {
@@ -1594,22 +1609,22 @@ static bool check_features(const directory *d, const value *features, bool *is_d
             return refuse_at(d, R_FEA_002, name.at, "the features are not in ascending order");
         }
         before = span_of(d, &name);
+        if (span_is(before, "delta")) {
+            *is_delta = true;
+        } else if (span_is(before, "delta-parts")) {
+            *has_parts = true;
+        } else {
+            unknown = before;
+        }
     }
     if (before.bytes == NULL) {
         return refuse_at(d, R_DIR_004, features->at, "an empty list of features");
     }
-    if (features->number == 1 && span_is(before, "delta")) {
-        *is_delta = true;
+    if (unknown.bytes == NULL) {
         return true;
     }
-    at = features->content;
-    for (uint64_t i = 0; i < features->number && next_value(d, &at, &name); i++) {
-        if (!span_is(span_of(d, &name), "delta")) {
-            before = span_of(d, &name);
-        }
-    }
     refuse_at(d, R_FEA_001, features->at, "an unknown feature");
-    d->fault->feature = before;
+    d->fault->feature = unknown;
     return false;
 }
 
@@ -1734,7 +1749,7 @@ static bool read_root(sfp_file *file, const directory *d, value *tensors, value 
         return refuse_at(d, R_DIR_001, 0, "the directory is not a map");
     }
     read_fields(d, &root, fields, sizeof fields / sizeof fields[0]);
-    if (!check_features(d, &features, &file->delta.present)) {
+    if (!check_features(d, &features, &file->delta.present, &file->delta.parts)) {
         return false;
     }
     if (!(file->delta.present ? require(d, map, MAP) : absent(d, own, 1))) {
@@ -1758,7 +1773,7 @@ enum { UNCHANGED, CHANGED, REPLACED, ADDED, REMOVED, DELTA_KINDS };
 
 /* The values of the map `delta` (28.1). */
 typedef struct delta_map {
-    value base, block, checksums, dtypes, kinds, names, pools, shapes, shared;
+    value base, block, checksums, dtypes, kinds, names, pools, separator, shapes, shared, structured, structures;
 } delta_map;
 
 /* Returns w, the bits of an element of a dtype (28.2); a complex number is two elements. */
@@ -1812,13 +1827,15 @@ static bool require_all(const directory *d, const value *array, kind wanted)
 }
 
 /* Checks the types and the lengths of the lists. */
-static bool check_delta_map(const directory *d, const value *map, delta_map *m)
+static bool check_delta_map(const directory *d, const value *map, bool parts, delta_map *m)
 {
     const field fields[] = {
-        {"base", &m->base},   {"block", &m->block}, {"checksums", &m->checksums}, {"dtypes", &m->dtypes},
-        {"kinds", &m->kinds}, {"names", &m->names}, {"pools", &m->pools},         {"shapes", &m->shapes},
-        {"shared", &m->shared},
+        {"base", &m->base},     {"block", &m->block},           {"checksums", &m->checksums},
+        {"dtypes", &m->dtypes}, {"kinds", &m->kinds},           {"names", &m->names},
+        {"pools", &m->pools},   {"separator", &m->separator},   {"shapes", &m->shapes},
+        {"shared", &m->shared}, {"structured", &m->structured}, {"structures", &m->structures},
     };
+    const value *of_parts[] = {&m->separator, &m->structured, &m->structures};
     read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
     if ((has(&m->base) && !require(d, &m->base, STRING)) || !require(d, &m->block, UNSIGNED) ||
         !require(d, &m->checksums, BINARY) || !require_all(d, &m->dtypes, STRING) ||
@@ -1838,7 +1855,9 @@ static bool check_delta_map(const directory *d, const value *map, delta_map *m)
         m->shared.number != count || m->checksums.number != 8 * count) {
         return refuse_at(d, R_DLT_001, map->at, "the lists of a delta differ in their lengths");
     }
-    return true;
+    return parts ? require(d, &m->separator, STRING) && require_all(d, &m->structured, UNSIGNED) &&
+                       require_all(d, &m->structures, MAP)
+                 : absent(d, of_parts, 3);
 }
 
 /* Joins a name with the bytes that it shares with the one before, in place. */
@@ -1924,6 +1943,7 @@ static bool read_delta_tensors(delta *out, const directory *d, const delta_map *
     sfp_span before = NO_SPAN;
     for (size_t i = 0; i < out->count; i++) {
         delta_tensor *t = &out->tensors[i];
+        t->in_parts = false;
         value rest, type;
         if (!next_value(d, &names_at, &rest) || !next_value(d, &dtypes_at, &type) ||
             !next_value(d, &shapes_at, &t->shape) || !join_name(d, m, i, &rest, before, to, t)) {
@@ -2117,13 +2137,281 @@ static bool check_listed_names(const delta *o, const directory *d, const delta_m
     return true;
 }
 
+enum { WEIGHTS, MASK_PART, IMPORTANCE_PART, VECTORS_PART, PART_COUNT };
+
+static const char *const PART_WORDS[PART_COUNT] = {"", "mask", "importance", "vectors"};
+
+/* Reads the quantiser of a structure, or of its importance (28.4). */
+static bool read_part_quantiser(const directory *d, const stream_map *m, stream *s)
+{
+    static const char *const words[] = {"exact", "uniform", "table"};
+    const value *count[] = {&m->count};
+    if (!require(d, &m->quantiser, STRING)) {
+        return false;
+    }
+    s->present = true;
+    s->quantiser = (quantiser)word_of(d, &m->quantiser, words, QUANTISER_COUNT);
+    if (s->quantiser == QUANTISER_COUNT) {
+        return refuse_at(d, R_QNT_001, m->quantiser.at, "an unknown quantiser");
+    }
+    if (s->quantiser != TABLE) {
+        return absent(d, count, 1);
+    }
+    if (!require(d, &m->count, UNSIGNED)) {
+        return false;
+    }
+    if (m->count.number < 1 || m->count.number > 65536) {
+        return refuse_at(d, R_QNT_004, m->count.at, "count is not a number from 1 to 65,536");
+    }
+    s->centroids = m->count.number;
+    return true;
+}
+
+/* Reads the importance of a structure (28.4). */
+static bool read_part_importance(const directory *d, const value *map, entry *e)
+{
+    static const char *const forms[] = {"survivors", "all", "factors"};
+    static const sfp_importance told[] = {SFP_OVER_SURVIVORS, SFP_OVER_ALL, SFP_FACTORS};
+    static const char *const roles[] = {"multiplier", "metadata"};
+    stream_map m;
+    read_stream_map(d, map, &m);
+    if (!require(d, &m.over, STRING) || !require(d, &m.role, STRING)) {
+        return false;
+    }
+    size_t form = word_of(d, &m.over, forms, 3), role = word_of(d, &m.role, roles, 2);
+    if (form == 3) {
+        return refuse_at(d, R_IMP_001, m.over.at, "an unknown word for over");
+    }
+    if (role == 2) {
+        return refuse_at(d, R_IMP_002, m.role.at, "an unknown role");
+    }
+    e->told.importance = told[form];
+    e->told.multiplier = role == 0;
+    stream *s = &e->streams[IMPORTANCE_STREAM];
+    const value *others[] = {&m.quantiser, &m.count}, *type[] = {&m.dtype};
+    bool factors = told[form] == SFP_FACTORS;
+    if (factors ? !absent(d, others, 2) : !read_part_quantiser(d, &m, s)) {
+        return false;
+    }
+    if (!factors && s->quantiser != EXACT) {
+        return absent(d, type, 1);
+    }
+    if (!require(d, &m.dtype, STRING)) {
+        return false;
+    }
+    const dtype *own = dtype_of(d, &m.dtype);
+    if (own == NULL && !factors) {
+        return refuse_at(d, R_TEN_003, m.dtype.at, "an unknown coded dtype");
+    }
+    if (!is_factor_dtype(own)) {
+        return refuse_at(d, R_IMP_003, m.dtype.at, "the dtype of an importance is not F32, F16 or BF16");
+    }
+    s->coded = factors ? NULL : own;
+    e->factor_dtype = factors ? own : NULL;
+    return true;
+}
+
+/* Reads and checks the structure at offset `at` of the directory (28.4), as an entry without shape and tables. */
+static bool read_structure(const directory *d, size_t at, entry *e)
+{
+    value map, type, mask, scale_map, importance;
+    const field fields[] = {
+        {"dtype", &type}, {"mask", &mask}, {"scale", &scale_map}, {"importance", &importance}};
+    stream_map m;
+    memset(e, 0, sizeof *e);
+    if (!next_value(d, &at, &map)) {
+        return false;
+    }
+    read_fields(d, &map, fields, sizeof fields / sizeof fields[0]);
+    read_stream_map(d, &map, &m);
+    if (!require(d, &type, STRING)) {
+        return false;
+    }
+    e->dtype = dtype_of(d, &type);
+    if (e->dtype == NULL) {
+        return refuse_at(d, R_TEN_003, type.at, "an unknown dtype");
+    }
+    if (e->dtype->nonfinite == 0) {
+        return refuse_at(d, R_TEN_010, type.at, "a structure with a dtype that is not a float");
+    }
+    if (!require(d, &mask, UNSIGNED)) {
+        return false;
+    }
+    if (mask.number > 1) {
+        return refuse_at(d, R_DLT_019, mask.at, "mask is neither 0 nor 1");
+    }
+    e->told.dtype = e->dtype->name;
+    e->told.element_bytes = e->dtype->bits / 8;
+    e->told.fingerprint = true;
+    e->told.pruned = mask.number == 1;
+    e->streams[FINGERPRINT_STREAM].coded = e->dtype;
+    return read_part_quantiser(d, &m, &e->streams[FINGERPRINT_STREAM]) &&
+           (!has(&scale_map) || (require(d, &scale_map, MAP) && read_scale(d, &scale_map, e))) &&
+           (!has(&importance) || (require(d, &importance, MAP) && read_part_importance(d, &importance, e)));
+}
+
+/* Sets the shape of a structure's tensor to that of a tensor of the list. */
+static void set_shape(const directory *d, const delta_tensor *t, entry *e)
+{
+    size_t at = t->shape.content;
+    value size;
+    e->told.rank = (size_t)t->shape.number;
+    for (size_t i = 0; i < e->told.rank && next_value(d, &at, &size); i++) {
+        e->told.shape[i] = size.number;
+    }
+    e->told.positions = t->positions;
+    e->rows = e->told.rank >= 2 && t->positions > 0 ? e->told.shape[0] : 1;
+    e->columns = t->positions / e->rows;
+}
+
+/* Returns the number of steps at the start of the part `vectors`. */
+static uint64_t steps_of(const entry *e)
+{
+    const stream *own = &e->streams[FINGERPRINT_STREAM], *importance = &e->streams[IMPORTANCE_STREAM];
+    return (uint64_t)(own->quantiser == UNIFORM) + (importance->present && importance->quantiser == UNIFORM);
+}
+
+/* Returns the dtype of a part of a structure's tensor, or NULL if the tensor has no such part. */
+static const dtype *part_dtype(entry *e, size_t part)
+{
+    const stream *own = &e->streams[FINGERPRINT_STREAM], *importance = &e->streams[IMPORTANCE_STREAM];
+    switch (part) {
+    case WEIGHTS: return own->quantiser == EXACT ? e->dtype : &DTYPES[F32];
+    case MASK_PART: return e->told.pruned && own->quantiser == EXACT ? &DTYPES[BOOL] : NULL;
+    case IMPORTANCE_PART:
+        return !importance->present ? NULL : importance->quantiser == EXACT ? importance->coded : &DTYPES[F32];
+    default: return steps_of(e) + list_vectors(e) > 0 ? &DTYPES[F32] : NULL;
+    }
+}
+
+/* Writes the name of a part into `to`, which has room for it. */
+static sfp_span name_of_part(const delta *o, const delta_tensor *t, size_t part, uint8_t *to)
+{
+    sfp_span out = {to, t->name.length};
+    memcpy(to, t->name.bytes, t->name.length);
+    if (part != WEIGHTS) {
+        memcpy(to + out.length, o->separator.bytes, o->separator.length);
+        out.length += o->separator.length;
+        memcpy(to + out.length, PART_WORDS[part], strlen(PART_WORDS[part]));
+        out.length += strlen(PART_WORDS[part]);
+    }
+    return out;
+}
+
+/* Returns the bytes of the longest name of a part. */
+static size_t longest_name(const delta *o)
+{
+    size_t longest = 0;
+    for (size_t i = 0; i < o->count; i++) {
+        longest = o->tensors[i].name.length > longest ? o->tensors[i].name.length : longest;
+    }
+    return longest + o->separator.length + strlen("importance");
+}
+
+/* Checks that a tensor of the list is the part of a structure's tensor with this number of elements. */
+static bool fits_part(const directory *d, const delta_tensor *t, const entry *e, const dtype *wanted, size_t part)
+{
+    sfp_tensor shape = e->told;
+    if (part == VECTORS_PART) {
+        shape.rank = 1;
+        shape.shape[0] = steps_of(e);
+        for (size_t i = 0; i < VECTOR_COUNT; i++) {
+            shape.shape[0] += e->vectors[i].elements;
+        }
+    }
+    return !t->in_parts && t->dtype == wanted && has_shape(d, t, &shape);
+}
+
+/* Checks the parts of a tensor of the list (R-DLT-018). `sorted` are the names of the list, `room` has room for one. */
+static bool check_parts(const delta *o, const directory *d, const delta_map *m, const delta_tensor *t,
+                        const numbered_name *sorted, uint8_t *room)
+{
+    entry e;
+    if (!read_structure(d, t->structure, &e)) {
+        return false;
+    }
+    set_shape(d, t, &e);
+    if (t->kind > CHANGED || t->dtype != part_dtype(&e, WEIGHTS)) {
+        refuse_at(d, R_DLT_018, m->structured.at, "weights of a tensor in parts of another kind or dtype");
+        name_joined(d->fault, t->name);
+        return false;
+    }
+    for (size_t part = MASK_PART; part < PART_COUNT; part++) {
+        sfp_span name = name_of_part(o, t, part, room);
+        const dtype *wanted = part_dtype(&e, part);
+        size_t number = number_of_name(sorted, o->count, name);
+        bool listed = number != SIZE_MAX && o->tensors[number].kind != REMOVED;
+        if (!listed && (wanted == NULL || part == MASK_PART)) {
+            continue;
+        }
+        if (!listed || wanted == NULL || !fits_part(d, &o->tensors[number], &e, wanted, part)) {
+            refuse_at(d, R_DLT_018, m->structured.at, "a part is missing, not needed, or has another dtype or shape");
+            name_joined(d->fault, name);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Reads the structures, and that of each tensor of the list, and checks its parts (28.4). `places` has room for the
+ * offsets of the structures, `room` for the longest name of a part. */
+static bool read_structured(delta *o, const directory *d, const delta_map *m, const numbered_name *sorted,
+                            size_t *places, uint8_t *room)
+{
+    size_t at = m->structures.content;
+    value item;
+    for (uint64_t i = 0; i < m->structures.number; i++) {
+        entry e;
+        places[i] = at;
+        if (!read_structure(d, at, &e) || !next_value(d, &at, &item)) {
+            return false;
+        }
+    }
+    if (m->structured.number != o->count) {
+        return refuse_at(d, R_DLT_017, m->structured.at, "structured does not have a number for each name");
+    }
+    at = m->structured.content;
+    for (size_t i = 0; i < o->count && next_value(d, &at, &item); i++) {
+        delta_tensor *t = &o->tensors[i];
+        if (item.number > m->structures.number) {
+            refuse_at(d, R_DLT_017, item.at, "the number of a structure that does not exist");
+            name_joined(d->fault, t->name);
+            return false;
+        }
+        t->in_parts = item.number > 0;
+        t->structure = t->in_parts ? places[item.number - 1] : 0;
+    }
+    for (size_t i = 0; i < o->count; i++) {
+        if (o->tensors[i].in_parts && !check_parts(o, d, m, &o->tensors[i], sorted, room)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Same as read_structured, with the memory that it needs. */
+static sfp_status read_all_parts(delta *o, const directory *d, const delta_map *m, const numbered_name *sorted,
+                                 const sfp_allocator *a)
+{
+    o->separator = span_of(d, &m->separator);
+    size_t *places = allocate(a, m->structures.number, sizeof *places);
+    uint8_t *room = allocate(a, longest_name(o), 1);
+    sfp_status status = SFP_NO_MEMORY;
+    if (places != NULL && room != NULL) {
+        status = read_structured(o, d, m, sorted, places, room) ? SFP_OK : SFP_REFUSED;
+    }
+    release(a, places);
+    release(a, room);
+    return status;
+}
+
 /* Reads and checks the map of a delta (28.1). `names` are the sorted names of the file's tensors. */
 static sfp_status read_delta(sfp_file *file, const directory *d, const value *map, const numbered_name *names)
 {
     const sfp_allocator *a = &file->allocator;
     delta *o = &file->delta;
     delta_map m;
-    if (!check_delta_map(d, map, &m)) {
+    if (!check_delta_map(d, map, o->parts, &m)) {
         return SFP_REFUSED;
     }
     uint64_t bytes = 0;
@@ -2141,8 +2429,13 @@ static sfp_status read_delta(sfp_file *file, const directory *d, const value *ma
     sfp_status status = SFP_NO_MEMORY;
     if (o->names != NULL && o->tensors != NULL && o->pools != NULL && sorted != NULL && used != NULL) {
         memset(used, 0, file->tensor_count);
-        status = read_delta_tensors(o, d, &m) && check_listed_names(o, d, &m, sorted) &&
-                         read_delta_pools(file, d, &m, names) && check_pool_sizes(o, d, &m) &&
+        status = read_delta_tensors(o, d, &m) && check_listed_names(o, d, &m, sorted) ? SFP_OK : SFP_REFUSED;
+        if (status == SFP_OK && o->parts) {
+            status = read_all_parts(o, d, &m, sorted, a);
+        }
+    }
+    if (status == SFP_OK) {
+        status = read_delta_pools(file, d, &m, names) && check_pool_sizes(o, d, &m) &&
                          check_pools(file, d) && check_used(file, d, names, used)
                      ? SFP_OK
                      : SFP_REFUSED;
@@ -2539,11 +2832,21 @@ typedef struct segment {
 } segment;
 
 /* The state of decoding a tensor: its streams, its vectors, and buffers for a segment. */
+/* The parts of a tensor (28.4): NULL for one that it does not have. */
+typedef struct parts {
+    uint8_t *data[PART_COUNT];
+    uint64_t elements[PART_COUNT];
+    const dtype *dtypes[PART_COUNT];
+    bool too_great; /* whether a magnitude number has no pattern */
+} parts;
+
 typedef struct decoder {
     const sfp_file *file;
     sfp_fault *fault;
     entry entry;
     sfp_decoded *out; /* NULL if the tensor is only checked */
+    parts *parts;     /* receives the tensor in parts, or NULL */
+    bool assembled;   /* whether the vectors are those of a part, not of the file */
     bool wants_mask, wants_fingerprints, wants_importance; /* whether to decode the stream */
     const uint8_t *vectors[VECTOR_COUNT];
     stream_decoder streams[STREAM_COUNT];
@@ -2777,7 +3080,7 @@ static float number_at(const decoder *d, size_t vector_id, uint64_t i)
 static bool refuse_element(const decoder *d, clause broken, size_t vector_id, uint64_t i, const char *detail)
 {
     uint64_t size = d->entry.vectors[vector_id].dtype->bits / 8;
-    uint64_t start = (uint64_t)(d->vectors[vector_id] - d->file->bytes);
+    uint64_t start = d->assembled ? 0 : (uint64_t)(d->vectors[vector_id] - d->file->bytes);
     return refuse(d->fault, broken, start + i * size, detail);
 }
 
@@ -3133,6 +3436,51 @@ static void store_importance(const decoder *d, const segment *s)
     }
 }
 
+static void store(uint8_t *to, uint64_t pattern, size_t size)
+{
+    for (size_t k = 0; k < size; k++) {
+        to[k] = (uint8_t)(pattern >> 8 * k);
+    }
+}
+
+enum { MAX_PART_NUMBER = 0x7ffffffe };
+
+/* Stores the elements of the part `importance` of a segment, whose levels are decoded. */
+static void store_part_importance(const decoder *d, const segment *s)
+{
+    parts *out = d->parts;
+    const stream *source = &d->entry.streams[IMPORTANCE_STREAM];
+    bool everywhere = d->entry.told.importance == SFP_OVER_ALL;
+    size_t size = out->dtypes[IMPORTANCE_PART]->bits / 8;
+    for (size_t i = 0; i < s->shares[IMPORTANCE_STREAM].levels; i++) {
+        uint64_t level = d->levels[i], p = s->first + (everywhere ? i : d->positions[i]);
+        bool exact = source->quantiser == EXACT;
+        out->too_great = out->too_great || (!exact && level > MAX_PART_NUMBER);
+        uint64_t pattern = exact ? level >> 1 | (level & 1) << (source->coded->bits - 1) : level + 1;
+        store(out->data[IMPORTANCE_PART] + p * size, pattern, size);
+    }
+}
+
+/* Stores the elements of the parts `weights` and `mask` of a segment, whose levels are decoded. */
+static void store_part_weights(const decoder *d, const segment *s)
+{
+    parts *out = d->parts;
+    const stream *source = &d->entry.streams[FINGERPRINT_STREAM];
+    const dtype *own = d->entry.dtype;
+    size_t size = out->dtypes[WEIGHTS]->bits / 8;
+    for (size_t i = 0; i < s->survivors; i++) {
+        uint64_t level = d->levels[i], pattern = (level >> 1) + 1 + ((level & 1) << 31);
+        if (source->quantiser == EXACT) {
+            pattern = level >> 1 | (level & 1) << (source->coded->bits - 1);
+            pattern = source->coded != own ? pattern_of(own, widen(source->coded, pattern)) : pattern;
+        } else {
+            out->too_great = out->too_great || level >> 1 > MAX_PART_NUMBER;
+        }
+        store(out->data[WEIGHTS] + (s->first + d->positions[i]) * size, pattern, size);
+    }
+    memcpy(out->data[MASK_PART] + s->first, d->mask, s->positions);
+}
+
 static bool decode_segment(decoder *d, chunk *c, const segment *s)
 {
     if (d->wants_mask && !read_mask_levels(d, c, s)) {
@@ -3141,8 +3489,14 @@ static bool decode_segment(decoder *d, chunk *c, const segment *s)
     if (d->wants_importance && !read_importance_levels(d, c, s)) {
         return false;
     }
+    if (d->parts != NULL && d->parts->data[IMPORTANCE_PART] != NULL) {
+        store_part_importance(d, s);
+    }
     if (d->wants_fingerprints && !read_levels(d, c, FINGERPRINT_STREAM, s)) {
         return false;
+    }
+    if (d->parts != NULL) {
+        store_part_weights(d, s);
     }
     if (d->out == NULL) {
         return true;
@@ -3582,6 +3936,163 @@ static sfp_status apply_pools(const sfp_file *file, sfp_result_tensor *tensors, 
     return SFP_OK;
 }
 
+static void release_parts(const sfp_allocator *a, parts *p)
+{
+    for (size_t part = 0; part < PART_COUNT; part++) {
+        release(a, p->data[part]);
+    }
+    memset(p, 0, sizeof *p);
+}
+
+/* Allocates the parts of a tensor, filled with zeros. Returns false on failure. */
+static bool allocate_parts(const sfp_allocator *a, entry *e, parts *out)
+{
+    memset(out, 0, sizeof *out);
+    for (size_t part = 0; part < PART_COUNT; part++) {
+        out->dtypes[part] = part == MASK_PART ? &DTYPES[BOOL] : part_dtype(e, part);
+        out->elements[part] = part == VECTORS_PART ? steps_of(e) + list_vectors(e) : e->told.positions;
+        if (out->dtypes[part] == NULL) {
+            continue;
+        }
+        size_t size = out->dtypes[part]->bits / 8;
+        out->data[part] = allocate(a, out->elements[part], size);
+        if (out->data[part] == NULL) {
+            release_parts(a, out);
+            return false;
+        }
+        memset(out->data[part], 0, (size_t)out->elements[part] * size);
+    }
+    return true;
+}
+
+/* Stores the steps and the vectors of a decoded tensor, widened to F32. */
+static void store_part_vectors(const decoder *d, parts *out)
+{
+    uint8_t *to = out->data[VECTORS_PART];
+    for (size_t id = FINGERPRINT_STREAM; id <= IMPORTANCE_STREAM; id++) {
+        const stream *s = &d->entry.streams[id];
+        if (s->present && s->quantiser == UNIFORM) {
+            store(to, bits_of(s->step), 4);
+            to += 4;
+        }
+    }
+    for (size_t i = 0; i < VECTOR_COUNT; i++) {
+        for (uint64_t k = 0; k < d->entry.vectors[i].elements; k++, to += 4) {
+            store(to, bits_of(number_at(d, i, k)), 4);
+        }
+    }
+}
+
+/* Decodes a tensor into its parts (28.4). */
+static sfp_status decode_parts(const sfp_file *file, size_t number, parts *out, sfp_fault *fault)
+{
+    decoder d;
+    sfp_decoded whole;
+    const sfp_allocator *a = &file->allocator;
+    memset(out, 0, sizeof *out);
+    sfp_status status = begin(file, number, &d, fault);
+    if (status == SFP_OK && !d.entry.told.fingerprint) {
+        status = sfp_decode(file, number, SFP_VALUES, &whole, fault);
+        out->data[WEIGHTS] = whole.values;
+        out->elements[WEIGHTS] = d.entry.told.positions;
+        out->dtypes[WEIGHTS] = d.entry.dtype;
+        return status;
+    }
+    if (status != SFP_OK) {
+        return status;
+    }
+    if (!allocate_parts(a, &d.entry, out)) {
+        return SFP_NO_MEMORY;
+    }
+    d.parts = out;
+    d.wants_mask = d.entry.told.pruned;
+    d.wants_fingerprints = true;
+    d.wants_importance = d.entry.streams[IMPORTANCE_STREAM].present;
+    status = run(&d, file->tensors[number].chunks);
+    if (status != SFP_OK) {
+        release_parts(a, out);
+        return status;
+    }
+    if (out->data[VECTORS_PART] != NULL) {
+        store_part_vectors(&d, out);
+    }
+    size_t size = out->dtypes[WEIGHTS]->bits / 8;
+    bool zeros = false;
+    for (uint64_t p = 0; p < d.entry.told.positions; p++) {
+        zeros = zeros || (out->data[MASK_PART][p] != 0 && load(out->data[WEIGHTS] + p * size, size) == 0);
+    }
+    if (!zeros || !d.entry.told.pruned) {
+        release(a, out->data[MASK_PART]);
+        out->data[MASK_PART] = NULL;
+    }
+    return SFP_OK;
+}
+
+/* What taking the parts of a base needs. */
+typedef struct base_parts {
+    const sfp_file *file, *base;
+    const numbered_name *names, *listed; /* sorted: those of the base, those of the list */
+    uint8_t *room;                       /* for the name of a part */
+    uint8_t *taken;                      /* for each tensor of the list, whether it is a part of the base */
+} base_parts;
+
+/* Checks a part of the base, and keeps it if it is that of an unchanged or changed part (R-DLT-009). */
+static sfp_status take_part(const base_parts *b, const sfp_tensor *told, size_t number, parts *own, size_t part,
+                            sfp_result_tensor *tensors, sfp_fault *fault)
+{
+    const delta_tensor *t = &b->file->delta.tensors[number];
+    directory d = directory_of(b->file, fault);
+    sfp_tensor shape = *told;
+    if (part == VECTORS_PART) {
+        shape.rank = 1;
+        shape.shape[0] = own->elements[part];
+    }
+    size_t size = own->dtypes[part]->bits / 8;
+    if (t->kind != REPLACED && (t->dtype != own->dtypes[part] || !has_shape(&d, t, &shape))) {
+        return refuse_tensor(fault, R_DLT_009, t->name, "the base has the part with another dtype or shape");
+    }
+    if (crc32(&b->file->crc, own->data[part], own->elements[part] * size) != t->base) {
+        return refuse_tensor(fault, R_DLT_009, t->name, "the part of the base has another checksum");
+    }
+    b->taken[number] = 1;
+    if (t->kind == UNCHANGED || t->kind == CHANGED) {
+        tensors[number].values = own->data[part];
+        own->data[part] = NULL;
+    }
+    return SFP_OK;
+}
+
+/* Takes the parts of a tensor of the base, which the delta lists as parts. */
+static sfp_status take_parts(const base_parts *b, size_t i, size_t number, sfp_result_tensor *tensors,
+                             sfp_fault *fault)
+{
+    const delta *o = &b->file->delta;
+    const delta_tensor *t = &o->tensors[i];
+    sfp_tensor told;
+    parts own;
+    if (number == SIZE_MAX || sfp_describe(b->base, number, &told) != SFP_OK) {
+        return refuse_tensor(fault, R_DLT_009, t->name, "the base has no such tensor");
+    }
+    sfp_status status = decode_parts(b->base, number, &own, fault);
+    if (status == SFP_OK && own.too_great) {
+        status = refuse_tensor(fault, R_DLT_009, t->name, "the tensor of the base has no parts");
+    }
+    for (size_t part = 0; part < PART_COUNT && status == SFP_OK; part++) {
+        sfp_span name = name_of_part(o, t, part, b->room);
+        size_t at = number_of_name(b->listed, o->count, name);
+        bool listed = at != SIZE_MAX && o->tensors[at].kind != ADDED;
+        bool taken = part != WEIGHTS && number_of_name(b->names, b->base->tensor_count, name) != SIZE_MAX;
+        if (listed != (own.data[part] != NULL) || taken) {
+            status = refuse_tensor(fault, R_DLT_009, at != SIZE_MAX ? o->tensors[at].name : t->name,
+                                   "the base has other parts than the delta lists");
+        } else if (listed) {
+            status = take_part(b, &told, at, &own, part, tensors, fault);
+        }
+    }
+    release_parts(&b->base->allocator, &own);
+    return status;
+}
+
 /* Decodes a tensor of the base and checks it (R-DLT-009). Keeps its values if they are those of an unchanged or
  * changed tensor. */
 static sfp_status take_base(const sfp_file *file, const delta_tensor *t, const sfp_file *base, size_t number,
@@ -3631,19 +4142,31 @@ static void describe_listed(const directory *d, const delta_tensor *t, sfp_resul
     out->bytes = t->positions * (t->dtype->bits / 8);
 }
 
-/* Takes all tensors of the base, then all tensors that the delta stores whole. `names` are the sorted names of the
- * base. */
-static sfp_status take_tensors(const sfp_file *file, const sfp_file *base, const numbered_name *names,
-                               sfp_result_tensor *tensors, sfp_fault *fault)
+/* Takes all tensors of the base, then all tensors that the delta stores whole. */
+static sfp_status take_tensors(const base_parts *b, sfp_result_tensor *tensors, sfp_fault *fault)
 {
+    const sfp_file *file = b->file, *base = b->base;
+    const numbered_name *names = b->names;
     const delta *o = &file->delta;
     directory d = directory_of(file, fault);
     size_t found = 0;
     sfp_status status = SFP_OK;
+    for (size_t i = 0; i < o->count; i++) {
+        describe_listed(&d, &o->tensors[i], &tensors[i]);
+    }
+    for (size_t i = 0; i < o->count && status == SFP_OK; i++) {
+        if (o->tensors[i].in_parts) {
+            found++;
+            size_t number = number_of_name(names, base->tensor_count, o->tensors[i].name);
+            status = take_parts(b, i, number, tensors, fault);
+        }
+    }
     for (size_t i = 0; i < o->count && status == SFP_OK; i++) {
         const delta_tensor *t = &o->tensors[i];
         size_t number = number_of_name(names, base->tensor_count, t->name);
-        describe_listed(&d, t, &tensors[i]);
+        if (b->taken[i] != 0) {
+            continue;
+        }
         if (t->kind != ADDED) {
             found++;
             status = take_base(file, t, base, number, &tensors[i], fault);
@@ -3663,16 +4186,271 @@ static sfp_status take_tensors(const sfp_file *file, const sfp_file *base, const
     for (size_t i = 0; i < o->count && status == SFP_OK; i++) {
         if (o->tensors[i].kind == REPLACED || o->tensors[i].kind == ADDED) {
             sfp_decoded got;
-            status = sfp_decode(file, o->tensors[i].stored, SFP_VALUES, &got, fault);
+            sfp_tensor told;
+            sfp_describe(file, o->tensors[i].stored, &told);
+            unsigned wanted = SFP_VALUES | SFP_IMPORTANCE | (told.pruned ? SFP_MASK : 0);
+            status = sfp_decode(file, o->tensors[i].stored, wanted, &got, fault);
             tensors[i].values = got.values;
+            tensors[i].mask = got.mask;
+            tensors[i].importance = got.importance;
         }
     }
     return status;
 }
 
-/* Checks the checksums of the result, and removes the removed tensors from it. */
-static sfp_status finish_result(const sfp_file *file, sfp_result *result, sfp_fault *fault)
+static uint64_t part_element(const sfp_result_tensor *t, const dtype *type, uint64_t p)
 {
+    return load(t->values + p * (type->bits / 8), type->bits / 8);
+}
+
+/* A tensor that is made from its parts. */
+typedef struct assembly {
+    decoder d;
+    const sfp_result_tensor *parts[PART_COUNT]; /* NULL for one that the tensor does not have */
+    uint64_t number;                            /* its number of positions */
+} assembly;
+
+static bool survives(const assembly *m, uint64_t p)
+{
+    if (!m->d.entry.told.pruned) {
+        return true;
+    }
+    if (m->parts[MASK_PART] != NULL) {
+        return m->parts[MASK_PART]->values[p] != 0;
+    }
+    const dtype *type = m->d.entry.streams[FINGERPRINT_STREAM].quantiser == EXACT ? m->d.entry.dtype : &DTYPES[F32];
+    return part_element(m->parts[WEIGHTS], type, p) != 0;
+}
+
+/* Returns the level of a survivor. */
+static uint64_t assembled_level(const assembly *m, uint64_t p)
+{
+    const entry *e = &m->d.entry;
+    if (e->streams[FINGERPRINT_STREAM].quantiser == EXACT) {
+        return number_of_pattern(part_element(m->parts[WEIGHTS], e->dtype, p), e->dtype->bits);
+    }
+    uint64_t pattern = part_element(m->parts[WEIGHTS], &DTYPES[F32], p);
+    return 2 * ((pattern & 0x7fffffff) - 1) + (pattern >> 31);
+}
+
+/* Returns whether a position has an importance of its own. */
+static bool has_importance(const assembly *m, uint64_t p)
+{
+    return m->parts[IMPORTANCE_PART] != NULL && (m->d.entry.told.importance == SFP_OVER_ALL || survives(m, p));
+}
+
+static uint64_t assembled_importance(const assembly *m, uint64_t p)
+{
+    const stream *s = &m->d.entry.streams[IMPORTANCE_STREAM];
+    if (s->quantiser == EXACT) {
+        return number_of_pattern(part_element(m->parts[IMPORTANCE_PART], s->coded, p), s->coded->bits);
+    }
+    return part_element(m->parts[IMPORTANCE_PART], &DTYPES[F32], p) - 1;
+}
+
+/* Checks the elements of the parts `weights`, `mask` and `importance`, and sets the greatest levels. */
+static bool check_elements(assembly *m)
+{
+    entry *e = &m->d.entry;
+    stream *own = &e->streams[FINGERPRINT_STREAM], *importance = &e->streams[IMPORTANCE_STREAM];
+    const dtype *type = own->quantiser == EXACT ? e->dtype : &DTYPES[F32];
+    const dtype *marks = importance->quantiser == EXACT ? importance->coded : &DTYPES[F32];
+    bool zeros = false;
+    for (uint64_t p = 0; p < m->number; p++) {
+        uint64_t pattern = part_element(m->parts[WEIGHTS], type, p);
+        bool alive = survives(m, p);
+        zeros = zeros || (alive && pattern == 0);
+        if ((!alive && pattern != 0) || (alive && own->quantiser != EXACT && (pattern & 0x7fffffff) == 0)) {
+            return false;
+        }
+        uint64_t level = alive ? assembled_level(m, p) : 0;
+        own->table.last = level > own->table.last ? level : own->table.last;
+        if (m->parts[IMPORTANCE_PART] == NULL) {
+            continue;
+        }
+        pattern = part_element(m->parts[IMPORTANCE_PART], marks, p);
+        if (!has_importance(m, p)) {
+            if (pattern != 0) {
+                return false;
+            }
+            continue;
+        }
+        if (importance->quantiser != EXACT && (pattern == 0 || pattern > 0x7fffffff)) {
+            return false;
+        }
+        level = assembled_importance(m, p);
+        importance->table.last = level > importance->table.last ? level : importance->table.last;
+    }
+    return m->parts[MASK_PART] == NULL || zeros;
+}
+
+/* Checks the steps, and that the levels are below the bounds of their quantisers. */
+static bool check_quantisers(const entry *e)
+{
+    for (size_t id = FINGERPRINT_STREAM; id <= IMPORTANCE_STREAM; id++) {
+        const stream *s = &e->streams[id];
+        bool signs = id == FINGERPRINT_STREAM;
+        uint64_t greatest = signs ? s->table.last / 2 : s->table.last;
+        if (!s->present) {
+            continue;
+        }
+        if (s->quantiser == EXACT && !signs && s->table.last >= 2 * s->coded->nonfinite) {
+            return false;
+        }
+        if (s->quantiser == TABLE && greatest >= s->centroids) {
+            return false;
+        }
+        if (s->quantiser == UNIFORM && (!is_finite(s->step) || !(s->step > 0) || bits_of(s->step) >> 31 != 0 ||
+                                        !is_finite(multiply((float)(uint32_t)greatest, s->step)))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Reads steps and vectors, and checks them. */
+static bool read_part_vectors(assembly *m)
+{
+    entry *e = &m->d.entry;
+    list_vectors(e);
+    const uint8_t *at = m->parts[VECTORS_PART] != NULL ? m->parts[VECTORS_PART]->values : NULL;
+    for (size_t id = FINGERPRINT_STREAM; id <= IMPORTANCE_STREAM; id++) {
+        stream *s = &e->streams[id];
+        if (s->present && s->quantiser == UNIFORM) {
+            s->step = float_of(load32(at));
+            at += 4;
+        }
+    }
+    for (size_t i = 0; i < VECTOR_COUNT; i++) {
+        vector *v = &e->vectors[i];
+        m->d.vectors[i] = at;
+        for (uint64_t k = 0; k < v->elements; k++, at += 4) {
+            float x = float_of(load32(at));
+            if (!is_finite(x) || bits_of(widen(v->dtype, pattern_of(v->dtype, x))) != load32(at)) {
+                return false;
+            }
+        }
+        v->dtype = &DTYPES[F32];
+    }
+    return check_quantisers(e) && check_vectors(&m->d);
+}
+
+/* Computes the weights, the mask and the importance of a segment. */
+static void assemble_segment(assembly *m, uint64_t first)
+{
+    decoder *d = &m->d;
+    segment s;
+    memset(&s, 0, sizeof s);
+    s.first = first;
+    s.positions = (size_t)at_most(m->number - first, d->entry.segment);
+    if (d->entry.told.importance == SFP_FACTORS) {
+        multiply_factors(d, &s);
+    }
+    for (size_t p = 0; p < s.positions; p++) {
+        bool alive = survives(m, first + p);
+        d->mask[p] = alive;
+        if (d->entry.told.importance != SFP_FACTORS) {
+            bool stored = has_importance(m, first + p);
+            d->importance[p] = stored ? importance_of(d, assembled_importance(m, first + p)) : 0;
+        }
+        if (alive) {
+            d->positions[s.survivors] = (uint16_t)p;
+            d->levels[s.survivors++] = assembled_level(m, first + p);
+        }
+    }
+    if (d->entry.streams[FINGERPRINT_STREAM].quantiser == EXACT) {
+        restore_exact(d, &s);
+    } else {
+        restore_quantised(d, &s);
+    }
+    store_values(d, &s);
+    if (d->out->mask != NULL) {
+        memcpy(d->out->mask + first, d->mask, s.positions);
+    }
+    if (d->out->importance != NULL) {
+        store_importance(d, &s);
+    }
+}
+
+/* Makes a tensor from its parts, in place of the part `weights` (R-DLT-020, R-DLT-021). */
+static sfp_status assemble(const sfp_file *file, const delta_tensor *t, assembly *m, sfp_result_tensor *out,
+                           sfp_fault *fault)
+{
+    directory source = directory_of(file, fault);
+    sfp_decoded made;
+    memset(&m->d, 0, sizeof m->d);
+    memset(&made, 0, sizeof made);
+    m->d.file = file;
+    m->d.fault = fault;
+    m->d.assembled = true;
+    if (!read_structure(&source, t->structure, &m->d.entry)) {
+        return SFP_MISUSE;
+    }
+    entry *e = &m->d.entry;
+    set_shape(&source, t, e);
+    m->number = t->positions;
+    if (!check_elements(m) || !read_part_vectors(m)) {
+        return refuse_tensor(fault, R_DLT_020, t->name, "a tensor of the structure cannot have these parts");
+    }
+    unsigned wanted = SFP_VALUES | SFP_IMPORTANCE | (e->told.pruned ? SFP_MASK : 0);
+    e->segment = 64;
+    for (size_t id = 0; id < STREAM_COUNT; id++) {
+        e->streams[id].present = false; /* nothing is decoded */
+    }
+    bool ready = allocate_results(file, e, wanted, &made) && prepare(&m->d);
+    m->d.out = &made;
+    for (uint64_t first = 0; ready && first < m->number; first += e->segment) {
+        assemble_segment(m, first);
+    }
+    clean_up(&m->d);
+    if (!ready) {
+        sfp_release(file, &made);
+        return SFP_NO_MEMORY;
+    }
+    release(&file->allocator, out->values);
+    out->values = made.values;
+    out->mask = made.mask;
+    out->importance = made.importance;
+    out->dtype = e->told.dtype;
+    out->bytes = m->number * e->told.element_bytes;
+    return SFP_OK;
+}
+
+/* Makes the tensors in parts. Marks in `gone` the parts, which are not tensors of the result. */
+static sfp_status assemble_all(const base_parts *b, sfp_result *result, uint8_t *gone, sfp_fault *fault)
+{
+    const delta *o = &b->file->delta;
+    sfp_status status = SFP_OK;
+    for (size_t i = 0; i < o->count && status == SFP_OK; i++) {
+        assembly m;
+        if (!o->tensors[i].in_parts) {
+            continue;
+        }
+        for (size_t part = 0; part < PART_COUNT; part++) {
+            size_t at = number_of_name(b->listed, o->count, name_of_part(o, &o->tensors[i], part, b->room));
+            bool listed = at != SIZE_MAX && o->tensors[at].kind != REMOVED;
+            m.parts[part] = listed ? &result->tensors[at] : NULL;
+            if (listed && part != WEIGHTS) {
+                gone[at] = 1;
+            }
+        }
+        status = assemble(b->file, &o->tensors[i], &m, &result->tensors[i], fault);
+    }
+    return status;
+}
+
+static void release_result_tensor(const sfp_file *file, sfp_result_tensor *t)
+{
+    release(&file->allocator, t->values);
+    release(&file->allocator, t->mask);
+    release(&file->allocator, t->importance);
+    t->values = t->mask = t->importance = NULL;
+}
+
+/* Checks the checksums of the result, makes the tensors in parts, and removes the removed tensors and the parts. */
+static sfp_status finish_result(const base_parts *b, sfp_result *result, sfp_fault *fault)
+{
+    const sfp_file *file = b->file;
     size_t kept = 0;
     for (size_t i = 0; i < file->delta.count; i++) {
         const delta_tensor *t = &file->delta.tensors[i];
@@ -3680,9 +4458,16 @@ static sfp_status finish_result(const sfp_file *file, sfp_result *result, sfp_fa
         if (t->kind != REMOVED && crc32(&file->crc, own->values, own->bytes) != t->result) {
             return refuse_tensor(fault, R_DLT_012, t->name, "a tensor of the result has another checksum");
         }
+        b->taken[i] = t->kind == REMOVED;
+    }
+    sfp_status status = assemble_all(b, result, b->taken, fault);
+    if (status != SFP_OK) {
+        return status;
     }
     for (size_t i = 0; i < file->delta.count; i++) {
-        if (file->delta.tensors[i].kind != REMOVED) {
+        if (b->taken[i] != 0) {
+            release_result_tensor(file, &result->tensors[i]);
+        } else {
             result->tensors[kept++] = result->tensors[i];
         }
     }
@@ -3697,27 +4482,36 @@ sfp_status sfp_apply(const sfp_file *file, const sfp_file *base, sfp_result *res
     if (!file->delta.present) {
         return SFP_MISUSE;
     }
+    const delta *o = &file->delta;
     numbered_name *names = allocate(a, base->tensor_count, sizeof *names);
-    result->tensors = allocate(a, file->delta.count, sizeof *result->tensors);
-    if (names == NULL || result->tensors == NULL) {
-        release(a, names);
-        release(a, result->tensors);
-        result->tensors = NULL;
-        return SFP_NO_MEMORY;
+    numbered_name *listed = allocate(a, o->count, sizeof *listed);
+    base_parts b = {file, base, names, listed, allocate(a, longest_name(o), 1), allocate(a, o->count, 1)};
+    result->tensors = allocate(a, o->count, sizeof *result->tensors);
+    sfp_status status = SFP_NO_MEMORY;
+    if (names != NULL && listed != NULL && b.room != NULL && b.taken != NULL && result->tensors != NULL) {
+        memset(b.taken, 0, o->count);
+        memset(result->tensors, 0, (o->count > 0 ? o->count : 1) * sizeof *result->tensors);
+        result->count = o->count;
+        for (size_t i = 0; i < base->tensor_count; i++) {
+            sfp_tensor told;
+            sfp_describe(base, i, &told);
+            names[i].name = told.name;
+            names[i].number = i;
+        }
+        for (size_t i = 0; i < o->count; i++) {
+            listed[i].name = o->tensors[i].name;
+            listed[i].number = i;
+        }
+        sort_names(names, base->tensor_count);
+        sort_names(listed, o->count);
+        status = take_tensors(&b, result->tensors, fault);
+        status = status == SFP_OK ? apply_pools(file, result->tensors, fault) : status;
+        status = status == SFP_OK ? finish_result(&b, result, fault) : status;
     }
-    memset(result->tensors, 0, (file->delta.count > 0 ? file->delta.count : 1) * sizeof *result->tensors);
-    result->count = file->delta.count;
-    for (size_t i = 0; i < base->tensor_count; i++) {
-        sfp_tensor told;
-        sfp_describe(base, i, &told);
-        names[i].name = told.name;
-        names[i].number = i;
-    }
-    sort_names(names, base->tensor_count);
-    sfp_status status = take_tensors(file, base, names, result->tensors, fault);
-    status = status == SFP_OK ? apply_pools(file, result->tensors, fault) : status;
-    status = status == SFP_OK ? finish_result(file, result, fault) : status;
     release(a, names);
+    release(a, listed);
+    release(a, b.room);
+    release(a, b.taken);
     if (status != SFP_OK) {
         sfp_release_result(file, result);
     }
@@ -3727,7 +4521,7 @@ sfp_status sfp_apply(const sfp_file *file, const sfp_file *base, sfp_result *res
 void sfp_release_result(const sfp_file *file, sfp_result *result)
 {
     for (size_t i = 0; i < result->count; i++) {
-        release(&file->allocator, result->tensors[i].values);
+        release_result_tensor(file, &result->tensors[i]);
     }
     release(&file->allocator, result->tensors);
     memset(result, 0, sizeof *result);

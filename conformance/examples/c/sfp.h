@@ -168,6 +168,8 @@ typedef struct sfp_result_tensor {
     uint64_t shape[SFP_MAX_RANK];
     uint64_t bytes;
     uint8_t *values;
+    uint8_t *mask;       /* a byte for each position; NULL for a tensor without a mask */
+    uint8_t *importance; /* an F32 for each position; NULL for a tensor without an importance */
 } sfp_result_tensor;
 
 typedef struct sfp_result {

@@ -283,7 +283,14 @@ static int apply_open(const sfp_file *file, const sfp_file *base, const char *fo
     }
     bool written = true;
     for (size_t i = 0; written && i < result.count; i++) {
-        written = write_file(folder, i, ".bin", result.tensors[i].values, (size_t)result.tensors[i].bytes);
+        const sfp_result_tensor *t = &result.tensors[i];
+        size_t positions = 1;
+        for (size_t k = 0; k < t->rank; k++) {
+            positions *= (size_t)t->shape[k];
+        }
+        written = write_file(folder, i, ".bin", t->values, (size_t)t->bytes) &&
+                  (t->mask == NULL || write_file(folder, i, ".mask.bin", t->mask, positions)) &&
+                  (t->importance == NULL || write_file(folder, i, ".importance.bin", t->importance, 4 * positions));
     }
     int outcome = written ? print_result(file, &result) : print_failure("a file cannot be written");
     sfp_release_result(file, &result);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..suite import Suite
-from . import applied, maps
+from . import applied, maps, parts
 from .building import base_of, delta, sample
 
 __all__ = ["add", "base_of", "delta", "sample"]
@@ -13,3 +13,4 @@ def add(suite: Suite) -> None:
     """Adds the cases of this package to the suite."""
     maps.add(suite)
     applied.add(suite)
+    parts.add(suite)

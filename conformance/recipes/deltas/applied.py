@@ -7,7 +7,8 @@ from collections.abc import Callable
 from sfp_conformance import slow_reader
 from sfp_conformance.forge import Forge
 from sfp_conformance.slow_reader import BYTES
-from sfp_conformance.slow_reader.delta import CHANGED, Plain, element, numbers
+from sfp_conformance.slow_reader.delta import CHANGED, element, numbers
+from sfp_conformance.slow_reader.parts import Plain
 
 from ..encode import elements
 from ..numbers import specials

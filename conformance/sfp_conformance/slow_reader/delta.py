@@ -6,26 +6,18 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .entries import get
-from .numbers import BYTES, Bad, need
+from .numbers import BYTES, Bad, Entry, need
+from .parts import PARTS, Plain, check_structured, parts_of, whole
+from .values import Tensor
 
 # dtype -> bits of an element, bits of its exponent.
 ELEMENTS = {"F64": (64, 11), "C128": (64, 11), "F32": (32, 8), "C64": (32, 8), "F16": (16, 5)}
 ELEMENTS |= {"BF16": (16, 8), "F8_E4M3": (8, 4), "F8_E5M2": (8, 5)}
 STORED = {8: "F8_E4M3", 16: "BF16", 32: "F32", 64: "F64"}
 UNCHANGED, CHANGED, REPLACED, ADDED, REMOVED = range(5)
-
-
-@dataclass
-class Plain:
-    """A tensor of a base or a result: dtype, shape, and its elements, little-endian."""
-
-    dtype: str
-    shape: list[int]
-    data: bytes
 
 
 def element(dtype: str) -> tuple[int, int]:
@@ -67,6 +59,7 @@ def check_delta(root: dict[str, Any]) -> None:
         need(kinds[i] != ADDED or base == 0, "R-DLT-004")
         need(kinds[i] != REMOVED or result == 0, "R-DLT-004")
         need(kinds[i] != UNCHANGED or base == result, "R-DLT-004")
+    check_structured(root, names)
     for pool in pools:
         need(isinstance(pool, dict), "R-DIR-003")
         for key in ("dtype", "counts", "gaps", "differences"):
@@ -132,15 +125,75 @@ def members_of(delta: dict[str, Any]) -> list[list[int]]:
     return out
 
 
-def result_of(
-    root: dict[str, Any], stored: Mapping[str, Plain], base: Mapping[str, Plain]
+def in_parts(
+    root: dict[str, Any], entries: Mapping[str, Entry], base: Mapping[str, Tensor]
 ) -> dict[str, Plain]:
-    """Returns the tensors of the result (28.3).
+    """Returns the tensors of a base, with the parts of those that a delta lists as parts."""
+    delta, out = root["delta"], {}
+    structured = delta.get("structured", [0] * len(delta["names"]))
+    split = {name for name, number in zip(names_of(delta), structured, strict=True) if number}
+    for name, tensor in base.items():
+        if name not in split:
+            need(name not in out, "R-DLT-009")
+            out[name] = Plain(tensor.dtype, list(tensor.shape), tensor.data)
+            continue
+        for part, plain in parts_of(entries[name], tensor).items():
+            named = name + delta["separator"] + part if part else name
+            need(named not in out and (not part or named not in base), "R-DLT-009")
+            out[named] = plain
+    return out
+
+
+def result_of(
+    root: dict[str, Any],
+    stored: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    base: Mapping[str, Tensor],
+) -> dict[str, tuple[Entry, Tensor]]:
+    """Returns the tensors of the result (28.3, 28.4), each with a map whose keys say what it has.
+
+    The keys are `mask` and `importance`.
 
     Args:
         root: the checked root of a delta.
         stored: the decoded tensors of its file.
-        base: the tensors of the base.
+        entries, base: the entries and the tensors of the base.
+
+    Raises:
+        Bad: the base is another one, or the delta breaks a clause.
+    """
+    delta, own = root["delta"], {entry["name"]: entry for entry in root["tensors"]}
+    plain = {name: Plain(t.dtype, list(t.shape), t.data) for name, t in stored.items()}
+    found = elements_of(root, plain, in_parts(root, entries, base))
+    names = names_of(delta)
+    structured = delta.get("structured", [0] * len(names))
+    out: dict[str, tuple[Entry, Tensor]] = {}
+    used = set()
+    for i, name in enumerate(names):
+        if structured[i] == 0:
+            continue
+        structure = delta["structures"][structured[i] - 1]
+        listed = {part: name + delta["separator"] + part for part in PARTS}
+        parts = {part: found[other] for part, other in listed.items() if other in found}
+        used |= set(listed.values())
+        map_ = {key: structure[key] for key in ("mask", "importance") if structure.get(key)}
+        out[name] = map_, whole(structure, {"": found[name], **parts})
+    for name, one in found.items():
+        if name not in out and name not in used:
+            tensor = Tensor(one.dtype, tuple(one.shape), one.data, [], [])
+            out[name] = (own[name], stored[name]) if name in own else ({}, tensor)
+    return {name: out[name] for name in found if name in out}
+
+
+def elements_of(
+    root: dict[str, Any], stored: Mapping[str, Plain], base: Mapping[str, Plain]
+) -> dict[str, Plain]:
+    """Returns the elements of the tensors and parts of the result (28.3).
+
+    Args:
+        root: the checked root of a delta.
+        stored: the decoded tensors of its file.
+        base: the tensors of the base, or their parts.
 
     Raises:
         Bad: the base is another one, or the delta breaks a clause.

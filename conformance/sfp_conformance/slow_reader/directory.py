@@ -99,7 +99,7 @@ def check_root(root: dict[str, Any]) -> None:
         need(bool(features), "R-DIR-004")
         raw = [name.encode() for name in features]
         need(all(a < b for a, b in pairwise(raw)), "R-FEA-002")
-        need(features == ["delta"], "R-FEA-001")
+        need(set(features) <= {"delta", "delta-parts"}, "R-FEA-001")
     need("keyed" not in root, "R-KEY-001")
     if "metadata" in root:
         need(all(isinstance(value, str) for value in get(root, "metadata", dict).values()), "R-DIR-003")

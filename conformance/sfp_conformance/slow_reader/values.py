@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from .entries import matrix, positions, step_of, streams, top, vectors
@@ -28,13 +28,24 @@ def mask_bits(mask: Entry, levels: list[int], n: int, survivors: int) -> list[in
 
 @dataclass
 class Tensor:
-    """A decoded tensor: elements as bytes, and per position a mask bit and an importance (None if absent)."""
+    """A decoded tensor.
+
+    Attributes:
+        dtype, shape: dtype and shape.
+        data: the elements as bytes.
+        mask, importance: per position a mask bit and an importance (None if absent).
+        levels, marks: per position the levels of fingerprints and importance (None if absent).
+        vectors: vector name -> values.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes
     mask: list[int]
     importance: list[float | None]
+    levels: list[int | None] = field(default_factory=list)
+    marks: list[int | None] = field(default_factory=list)
+    vectors: dict[str, list[float]] = field(default_factory=dict)
 
 
 def read_vectors(entry: Entry, data: bytes) -> dict[str, list[float]]:
@@ -127,6 +138,8 @@ def read_fingerprints(entry: Entry, chunks: list[bytes], found: dict[str, list[f
     patterns: list[int] = []
     mask: list[int] = []
     importances: list[float | None] = []
+    all_levels: list[int | None] = []
+    all_marks: list[int | None] = []
     _, columns = matrix(entry)
     for k, data in enumerate(chunks):
         chunk = open_chunk(data, entry, k)
@@ -139,19 +152,24 @@ def read_fingerprints(entry: Entry, chunks: list[bytes], found: dict[str, list[f
             marks = iter(levels["importance"][i]) if "importance" in levels else iter(())
             for bit in bits:
                 p = len(patterns)
-                importance = None
+                importance = mark = None
                 if "importance" in entry:
                     over = entry["importance"]["over"]
                     if over == "factors":
                         importance = f32(found["rows"][p // columns] * found["columns"][p % columns])
                     elif over == "all" or bit:
-                        importance = importance_of(entry["importance"], next(marks), found)
+                        mark = next(marks)
+                        importance = importance_of(entry["importance"], mark, found)
+                level = next(fingerprints) if bit else None
                 mask.append(bit)
                 importances.append(importance)
-                patterns.append(reconstruct(entry, p, next(fingerprints), importance, found) if bit else 0)
+                all_levels.append(level)
+                all_marks.append(mark)
+                patterns.append(0 if level is None else reconstruct(entry, p, level, importance, found))
     size = BYTES[entry["dtype"]]
     raw = b"".join(pattern.to_bytes(size, "little") for pattern in patterns)
-    return Tensor(entry["dtype"], tuple(entry["shape"]), raw, mask, importances)
+    shape = tuple(entry["shape"])
+    return Tensor(entry["dtype"], shape, raw, mask, importances, all_levels, all_marks, found)
 
 
 def read_raw(entry: Entry, chunks: list[bytes]) -> Tensor:
