@@ -116,11 +116,11 @@ KERNELS: dict[str, list[Made]] = {
         (ml_dtypes.float8_e5m2, Options(coding="fingerprint", mask="none", group=2), 1.0),
     ],
     "short_2": [
-        (BF16, Options(mask="octets", group=2), 0.5),
+        (BF16, Options(mask="octets", group=2, mantissa_bits=1), 0.5),
         (BF16, Options(Uniform(step=0.02), mask="runs"), 0.1),
         (BF16, Options(Uniform(step=0.02), mask="runs", polarity=0, codes=1), 0.8),
         (np.float16, Options(Uniform(step=0.05, scale="tensor"), group=2), 0.9),
-        (BF16, Options(trim=True, mask="octets"), 0.4),
+        (BF16, Options(trim=True, mask="octets", mantissa_bits=1), 0.4),
     ],
     "sparse_2_1_many_short": [
         (BF16, PRESETS["gpu"].but(quantiser=Uniform(step=0.1), codes=5), 0.5),
