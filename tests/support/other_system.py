@@ -113,12 +113,16 @@ class _Windows(ModuleType):
         return getattr(sys, name)
 
 
+# These import other libraries, which use what is taken away, or are not installed.
+_ADAPTERS = ("sfpformat.torch.weight_sync.callback", "sfpformat.torch.weight_sync.vllm_engine")
+
+
 def import_all() -> list[str]:
-    """Imports every module of the packages. Returns their names."""
+    """Imports every module of the packages, except adapters to other libraries. Returns their names."""
     names = []
     for package in map(importlib.import_module, PACKAGES):
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__"):
+            if not found.name.endswith("__main__") and found.name not in _ADAPTERS:
                 importlib.import_module(found.name)
                 names.append(found.name)
     return names
