@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import sfpformat
 from sfpformat import BaseMismatchError, OptionError
+from sfpformat.decode.reader import SfpFile
 from sfpformat.torch import apply_delta, save_model, write_delta
+
+from ..format.test_delta_parts import file_of, model
 
 
 class Tied(nn.Module):
@@ -123,3 +127,20 @@ def test_a_trainer_sends_its_steps_to_a_worker_in_another_process(tmp_path: Path
             assert float(worker.stdout.readline()) == float(model.weight.detach().double().sum())
         worker.stdin.close()
     assert worker.returncode == 0
+
+
+def test_a_delta_of_levels_is_refused_and_one_of_elements_is_the_default(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.sfp" for number in (1, 2)]
+    for number, path in enumerate(files):
+        path.write_bytes(file_of(model(number, 0.02 * number)))
+    with SfpFile(files[0]) as base:
+        state = {name: torch.from_numpy(array.copy()) for name, array in base.get_tensors().items()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    write_delta(tmp_path / "parts.sfp", files[0], files[1], parts=True)
+    with pytest.raises(OptionError, match="parts=False"):
+        apply_delta(state, tmp_path / "parts.sfp")
+    assert all(torch.equal(state[name], before[name]) for name in state)
+    write_delta(tmp_path / "elements.sfp", files[0], files[1])
+    apply_delta(state, tmp_path / "elements.sfp")
+    with SfpFile(files[1]) as new:
+        assert all(np.array_equal(state[name].numpy(), new.get_tensor(name)) for name in new)
