@@ -6,6 +6,7 @@ This module is the reference implementation. It knows elements only as bit patte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,18 +62,41 @@ def kind_of(dtype: Dtype) -> ElementKind:
     return ElementKind(dtype.bits, 0)
 
 
+class Extent(NamedTuple):
+    """What is known about the changes between two arrays before they are listed.
+
+    Attributes:
+        most: the number of elements that differ, or an upper bound.
+        first, last: the least and the greatest of their keys, or a wider range; ``first > last`` for none.
+    """
+
+    most: int
+    first: int
+    last: int
+
+    def joined(self, other: Extent) -> Extent:
+        """Returns the extent of both."""
+        return Extent(self.most + other.most, min(self.first, other.first), max(self.last, other.last))
+
+
+NOTHING = Extent(0, 1 << 16, -1)  # the extent of no changes
+
+
 class Changes(NamedTuple):
-    """The elements of a part of a block that differ from the base, in the order of positions.
+    """The elements of a block that differ from the base, in the order of positions.
 
     Attributes:
         keys: the key of each, uint16 [n].
         ranks: its number among the block's elements with the same key, in the order of positions, uint32 [n].
         levels: its difference as a level, [n], in the dtype of the patterns.
+        elements: number of the block's elements with each key that occurs in ``keys``, 0 for other keys,
+            int64 [keys].
     """
 
     keys: NDArray[np.uint16]
     ranks: NDArray[np.uint32]
     levels: Patterns
+    elements: NDArray[np.int64]
 
 
 class Bucket(NamedTuple):
@@ -126,23 +150,37 @@ def from_levels(base: Patterns, levels: Patterns, kind: ElementKind) -> Patterns
     return ordered(ordered(base, kind) + difference, kind)
 
 
-def find_changes(base: Patterns, new: Patterns, kind: ElementKind, ranks: NDArray[np.int64]) -> Changes:
-    """Returns the elements that differ.
+def extent_of(base: Patterns, new: Patterns, kind: ElementKind) -> Extent:
+    """Returns the extent of the changes between two arrays of one size."""
+    keys = keys_of(base[base != new], kind)
+    return Extent(len(keys), int(keys.min()), int(keys.max())) if len(keys) else NOTHING
+
+
+def find_changes(
+    parts: Sequence[tuple[Patterns, Patterns]], kind: ElementKind, extent: Extent
+) -> Changes | None:
+    """Returns the elements of a block that differ.
 
     Args:
-        base, new: the elements of a part of a block, [n].
+        parts: the block's elements in the base and in the result, one part after another, each [n].
         kind: their kind.
-        ranks: number of elements of each key before the part, [keys]. Updated.
+        extent: the extent of their changes.
+
+    Returns:
+        The changes; None if there are more than ``extent`` says.
     """
+    base = np.concatenate([old for old, _ in parts])
+    new = np.concatenate([now for _, now in parts])
     keys = keys_of(base, kind)
     order = np.argsort(keys, kind="stable")
     counts = np.bincount(keys, minlength=kind.keys)
-    starts = np.cumsum(counts) - counts
     rank = np.empty(len(keys), np.int64)
-    rank[order] = np.arange(len(keys)) - np.repeat(starts - ranks, counts)
-    ranks += counts
+    rank[order] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
     at = np.flatnonzero(base != new)
-    return Changes(keys[at], rank[at].astype(np.uint32), to_levels(base[at], new[at], kind))
+    if len(at) > extent.most:
+        return None
+    elements = np.where(np.bincount(keys[at], minlength=kind.keys) > 0, counts, 0)
+    return Changes(keys[at], rank[at].astype(np.uint32), to_levels(base[at], new[at], kind), elements)
 
 
 def place_changes(

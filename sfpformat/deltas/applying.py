@@ -14,12 +14,12 @@ from ..coding.changes import Patterns, kind_of
 from ..container.delta_map import DeltaMap, DeltaTensor
 from ..dtypes import of_numpy
 from ..errors import FileFault, MismatchError, placed
-from ..io.checksum import crc32
+from ..io.checksum import combined, crc32
 from ..io.source import Readable
 from ..io.threads import for_each
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
-from .checksums import PART, checksum_of, combined
+from .checksums import PART, checksum_of
 from .journal import Journal
 from .reading import Delta, Found, Part, PoolChanges
 from .tensors import Array, ArrayTensors, patterns_of
@@ -232,7 +232,7 @@ class Change:
             out.fault = error
             return
         for part, changes, crc in zip(base, found, out.bases, strict=True):
-            out.results.append(_checksum_with(part, changes) if len(changes.positions) else crc)
+            out.results.append(self._delta.engine.crc32_with(part, *changes, crc))
         size = sum(changes.positions.nbytes + changes.values.nbytes for changes in found)
         with self._lock:
             if self._shared or self._room >= size:
@@ -325,21 +325,6 @@ class Change:
 
             blocks = [index for index in range(pool.blocks) if (number, index) in self._found]
             for_each(block, blocks, self._threads_for(pool))
-
-
-def _checksum_with(base: Patterns, changes: Found) -> int:
-    """Returns the CRC-32 of elements after changes. Copies only a part of them at a time."""
-    crc, size = 0, PART // base.itemsize
-    for start in range(0, len(base), size):
-        part = base[start : start + size]
-        # Bounds of another dtype would make numpy copy all positions.
-        ends = np.array((start, start + size), np.uint32)
-        first, stop = np.searchsorted(changes.positions, ends)
-        if first < stop:
-            part = part.copy()
-            part[changes.positions[first:stop] - np.uint32(start)] = changes.values[first:stop]
-        crc = crc32(part.data, crc)
-    return crc
 
 
 def _write(view: Patterns, changes: Found) -> None:

@@ -21,10 +21,9 @@ from ..container.delta_map import DeltaMap, DeltaTensor
 from ..decode.selection import select
 from ..dtypes import DTYPES, of_numpy
 from ..errors import MismatchError, OptionError, ProcessError, fault
-from ..io.checksum import crc32
+from ..io.checksum import combined, crc32
 from ..names import listed, quoted
 from .applying import require_changeable, uninterrupted
-from .checksums import combined
 from .reading import Delta, PoolChanges
 from .tensors import Array, Spec, patterns_of, selected
 

@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.changes import Changes, Patterns, kind_of
+from ..coding.changes import NOTHING, Changes, ElementKind, Extent, Patterns, kind_of
 from ..container.delta_map import MAX_BLOCK, DeltaMap, DeltaTensor, Pool
 from ..container.delta_parts import part_name
 from ..decode.parts import Parts
@@ -63,6 +64,7 @@ class _OpenPool:
         unchecked: elements since its size was last compared with `_POOL_BYTES`.
         room: elements left in the current block.
         parts: the parts of the current block: elements in the base and in the result.
+        extent: the extent of their changes.
         coded: the coded blocks.
     """
 
@@ -71,6 +73,7 @@ class _OpenPool:
     tensors: int = 0
     unchecked: int = 0
     parts: list[tuple[Patterns, Patterns]] = field(default_factory=list)
+    extent: Extent = NOTHING
     coded: list[Future[Coded] | Coded] = field(default_factory=list)
 
 
@@ -117,6 +120,7 @@ class DeltaWriter:
         self._pool_of_threads = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
         self._base_name, self._block, self._engine, self._limits = base_name, block, engine, limits
         self._tensors: list[DeltaTensor] = []
+        self._elements = 0  # of all compared tensors
         self._names: set[str] = set()
         self._written: DeltaMap | None = None
         self._separator = separator
@@ -169,13 +173,13 @@ class DeltaWriter:
         require_name(name, self._limits)
         if name in self._names:
             raise OptionError(f"tensor {quoted(name)} was already added")
-        tensor = self._compared(name, base, new, forced=other is not None or whole is not None)
+        tensor, extent = self._compared(name, base, new, forced=other is not None or whole is not None)
         self._limits.require_written("tensors", len(self._tensors) + 1, f"tensor {quoted(name)}")
         if tensor.kind == "changed":
             assert base is not None
             assert new is not None
             old, now = patterns_of(base, tensor.dtype), patterns_of(new, tensor.dtype)
-            self._add_changed(tensor, *((old.copy(), now.copy()) if copy else (old, now)))
+            self._add_changed(tensor, *((old.copy(), now.copy()) if copy else (old, now)), extent)
         elif tensor.kind in ("replaced", "added") and whole is not None:
             self._writer.add_parts(name, whole, other=other)
         elif tensor.kind in ("replaced", "added"):
@@ -211,7 +215,9 @@ class DeltaWriter:
             raise OptionError("the delta is not written yet; close the writer first")
         return self._written
 
-    def _compared(self, name: str, base: Array | None, new: Array | None, *, forced: bool) -> DeltaTensor:
+    def _compared(
+        self, name: str, base: Array | None, new: Array | None, *, forced: bool
+    ) -> tuple[DeltaTensor, Extent]:
         """Compares a tensor with its base. With ``forced``, a tensor that both have counts as replaced."""
         old, now = (None if array is None else spec_of(name, array) for array in (base, new))
         spec = now or old
@@ -220,10 +226,11 @@ class DeltaWriter:
         if base is None or new is None or old != now:
             kind = "added" if base is None else "removed" if new is None else "replaced"
             checksums = self._checksum(base, old), self._checksum(new, now)
-            return DeltaTensor(name, kind, *spec, *checksums)
-        crc_base, crc_new, same = self._checksums(patterns_of(base, spec.dtype), patterns_of(new, spec.dtype))
-        kind = "replaced" if forced else "unchanged" if same else "changed"
-        return DeltaTensor(name, kind, *spec, crc_base, crc_new)
+            return DeltaTensor(name, kind, *spec, *checksums), NOTHING
+        patterns = patterns_of(base, spec.dtype), patterns_of(new, spec.dtype)
+        crc_base, crc_new, extent = self._checksums(*patterns, kind_of(spec.dtype))
+        kind = "replaced" if forced else "changed" if extent.most else "unchanged"
+        return DeltaTensor(name, kind, *spec, crc_base, crc_new), extent
 
     def _checksum(self, array: Array | None, spec: Spec | None) -> int:
         """Returns the CRC-32 of a tensor, 0 for none."""
@@ -231,20 +238,23 @@ class DeltaWriter:
             return 0
         return checksum_of(patterns_of(array, spec.dtype), self._threads)
 
-    def _checksums(self, base: Patterns, new: Patterns) -> tuple[int, int, bool]:
-        """Returns the CRC-32 of two tensors of equal size, and whether they are equal."""
+    def _checksums(self, base: Patterns, new: Patterns, kind: ElementKind) -> tuple[int, int, Extent]:
+        """Returns the CRC-32 of two tensors of equal size, and the extent of their changes."""
         first, second = base.view(np.uint8), new.view(np.uint8)
+        self._elements += len(base)
+        engine = get_engine(self._engine, self._elements)
 
-        def compared(part: slice) -> tuple[int, int, bool]:
-            a, b = first[part].data, second[part].data
-            crc_a, crc_b = crc32(a), crc32(b)
-            return crc_a, crc_b, crc_a == crc_b and a == b
+        def compared(part: slice) -> tuple[int, int, Extent]:
+            a, b = (array[part].view(base.dtype) for array in (first, second))
+            crc = crc32(a.data)
+            return crc, *engine.compare(a, b, kind, crc)
 
         found = of_parts(compared, len(first), self._threads)
-        crc_base, crc_new = (joined((crcs[side] for crcs in found), len(first)) for side in (0, 1))
-        return crc_base, crc_new, all(same for _, _, same in found)
+        crc_base = joined((crc for crc, _, _ in found), len(first))
+        crc_new = joined((crc for _, crc, _ in found), len(first))
+        return crc_base, crc_new, reduce(Extent.joined, (extent for _, _, extent in found), NOTHING)
 
-    def _add_changed(self, tensor: DeltaTensor, base: Patterns, new: Patterns) -> None:
+    def _add_changed(self, tensor: DeltaTensor, base: Patterns, new: Patterns, extent: Extent) -> None:
         name = tensor.dtype.name
         pool = self._open_pools.get(name)
         if pool is not None and pool.unchecked > _CHECKED:
@@ -260,21 +270,22 @@ class DeltaWriter:
         while at < len(base):
             size = min(pool.room, len(base) - at)
             pool.parts.append((base[at : at + size], new[at : at + size]))
+            pool.extent = pool.extent.joined(extent._replace(most=min(extent.most, size)))
             at += size
             pool.room -= size
             if pool.room == 0:
                 self._finish_block(pool)
 
     def _finish_block(self, pool: _OpenPool) -> None:
-        parts, pool.parts, pool.room = pool.parts, [], self._block
-        engine = get_engine(self._engine, sum(len(base) for base, _ in parts) * max(len(pool.coded), 1))
+        block = pool.parts, pool.extent, pool.dtype, get_engine(self._engine, self._elements)
+        pool.parts, pool.extent, pool.room = [], NOTHING, self._block
         if self._pool_of_threads is None:
-            pool.coded.append(code_block(parts, pool.dtype, engine))
+            pool.coded.append(code_block(*block))
             return
         waiting = [job for job in pool.coded if isinstance(job, Future) and not job.done()]
         if len(waiting) > 2 * self._threads:  # bounds the memory of the arrays that jobs keep
             waiting[0].result()
-        pool.coded.append(self._pool_of_threads.submit(code_block, parts, pool.dtype, engine))
+        pool.coded.append(self._pool_of_threads.submit(code_block, *block))
 
     def _finish_pool(self, pool: _OpenPool) -> None:
         if pool.parts:
@@ -355,28 +366,29 @@ def _joined(
     return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
 
 
-def code_block(parts: list[tuple[Patterns, Patterns]], dtype: Dtype, engine: Engine) -> Coded:
+def code_block(parts: list[tuple[Patterns, Patterns]], extent: Extent, dtype: Dtype, engine: Engine) -> Coded:
     """Codes the differences of a block (SPEC.md 28.2).
 
     Args:
         parts: the block's elements in the base and in the result, one part after another.
+        extent: the extent of their changes.
         dtype: the dtype of the tensors.
         engine: finds the changes.
+
+    Raises:
+        OptionError: the elements changed after their extent was found.
     """
     kind = kind_of(dtype)
-    ranks = np.zeros(kind.keys, np.int64)
-    found = [engine.find_changes(base, new, kind, ranks) for base, new in parts]
-    keys = np.concatenate([part.keys for part in found])
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    rank = np.concatenate([part.ranks for part in found])[order].astype(np.int64)
-    levels = np.concatenate([part.levels for part in found])[order]
-    return _coded(Changes(keys, rank.astype(np.uint32), levels), ranks)
+    found = engine.find_changes(parts, kind, extent)
+    if found is None:
+        raise OptionError("arrays changed after they were added; close the writer first, or use copy=True")
+    order = np.argsort(found.keys, kind="stable")
+    return _coded(Changes(found.keys[order], found.ranks[order], found.levels[order], found.elements))
 
 
-def _coded(changes: Changes, elements: NDArray[np.int64]) -> Coded:
-    """Codes changes that are sorted by key and rank, given the number of elements of each key."""
-    keys, rank = changes.keys, changes.ranks.astype(np.int64)
+def _coded(changes: Changes) -> Coded:
+    """Codes changes that are sorted by key and rank."""
+    keys, rank, elements = changes.keys, changes.ranks.astype(np.int64), changes.elements
     changed = np.bincount(keys, minlength=len(elements))
     dense = (_DENSE * changed > elements) & (changed > 0)
     coded = np.where(dense, elements, changed)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
-from ..coding.changes import Bucket, Changes, ElementKind
+from ..coding.changes import Bucket, Changes, ElementKind, Extent
 from ..coding.classes import Histogram, Layout
 from ..coding.codetable import CodeTable
 from ..coding.counts import Costs, Rows
@@ -194,10 +194,22 @@ class Engine(Protocol):
     ) -> Planes:
         """Implements `coding.planes.encode_levels`."""
 
+    def compare(self, base: Patterns, new: Patterns, kind: ElementKind, known: int) -> tuple[int, Extent]:
+        """Returns the CRC-32 of ``new``, and the extent of the changes.
+
+        Args:
+            base, new: the elements of a tensor in the base and in the result, [n].
+            kind: their kind.
+            known: the CRC-32 of ``base``.
+        """
+
     def find_changes(
-        self, base: Patterns, new: Patterns, kind: ElementKind, ranks: NDArray[np.int64]
-    ) -> Changes:
+        self, parts: Sequence[tuple[Patterns, Patterns]], kind: ElementKind, extent: Extent
+    ) -> Changes | None:
         """Implements `coding.changes.find_changes`."""
+
+    def crc32_with(self, base: Patterns, positions: NDArray[np.uint32], values: Patterns, known: int) -> int:
+        """Implements `io.checksum.crc32_with`."""
 
     def place_changes(
         self,

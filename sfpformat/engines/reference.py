@@ -7,16 +7,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..coding.changes import find_changes, place_changes
+from ..coding.changes import ElementKind, Extent, Patterns, extent_of, find_changes, place_changes
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
-from ..coding.exact_encoding import Patterns, count_exact, encode_exact, exact_zeros
+from ..coding.exact_encoding import count_exact, encode_exact, exact_zeros
 from ..coding.magnitudes import few_magnitudes, translate
 from ..coding.mask import chosen, encode_mask, survivors
 from ..coding.planes import Counts, decode_levels, encode_levels
 from ..coding.quantisers import F32, uniform_levels
 from ..container.entry import TensorEntry
 from ..container.plain_entries import PlainTensors
+from ..io.checksum import crc32, crc32_with
 from .interface import Run
 
 name = "python"
@@ -26,9 +27,11 @@ __all__ = [
     "best_layout",
     "chosen",
     "cluster",
+    "compare",
     "count_classes",
     "count_exact",
     "count_symbols",
+    "crc32_with",
     "decode_levels",
     "decode_runs",
     "encode_exact",
@@ -47,6 +50,11 @@ __all__ = [
     "translate",
     "uniform_levels",
 ]
+
+
+def compare(base: Patterns, new: Patterns, kind: ElementKind, known: int) -> tuple[int, Extent]:
+    """Implements `Engine.compare`."""
+    return crc32(new.data), extent_of(base, new, kind)
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> None:

@@ -37,7 +37,7 @@ from ..support.strategies import Job, jobs
 
 FOLDER = Path(__file__).parent
 # One process for all files: compiling the kernels takes longer than running the tests.
-CHECKED = tuple(FOLDER / f"test_numba_{part}.py" for part in ("encode", "decode", "windows"))
+CHECKED = tuple(FOLDER / f"test_numba_{part}.py" for part in ("changes", "encode", "decode", "windows"))
 
 DTYPES: list[type[np.unsignedinteger[Any]]] = [np.uint8, np.uint16, np.uint32, np.uint64]
 seeds = st.integers(0, 2**32 - 1)

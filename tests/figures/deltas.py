@@ -1,15 +1,19 @@
-"""Compares the size and speed of deltas between BF16 checkpoints.
+"""Compares the size and speed of deltas between checkpoints in BF16 or F32.
 
 ``python -m tests.figures.deltas BASE.safetensors NEW.safetensors [BASE NEW ...]`` prints a table for each
-pair, such as the steps that ``python -m tests.figures.train_steps`` writes: bytes, bits a weight, size as a
-multiple of `.sfp`, and MB of checkpoint per second for encoding and decoding. Every contender is decoded and
-compared bit for bit. Times are processor times of one thread, the least of ``--rounds`` interleaved rounds.
+pair, such as those that ``tests.figures.train_steps`` and ``tests.figures.fine_tunes`` write: bytes, bits a
+weight, size as a multiple of `.sfp`, and MB of checkpoint per second for encoding and decoding. Every
+contender is decoded and compared bit for bit. Times are processor times of one thread, the least of
+``--rounds`` interleaved rounds.
 
 * entropy: that of the differences of each tensor, given the base's exponent, with the tensor's statistics;
 * sfp: the whole file of `write_delta`;
-* indices + values: 4 bytes for the position and 2 for the value of each change, as trainers send them;
+* whole sfp: the whole result, losslessly, in an `.sfp` file;
+* indices + values: 4 bytes for the position, and the value, of each change, as trainers send them;
 * zstd: level 3; patch: a zstd frame that refers to the base, with long-distance matching, as that of
-  ``zstd --patch-from``.
+  ``zstd --patch-from``;
+* CRC-32, copy: the speed of only a checksum of the base, and of only a copy of the base into existing memory,
+  which bound the speed of any reader that checks or copies its base.
 """
 
 from __future__ import annotations
@@ -29,10 +33,11 @@ from sfpformat.coding.changes import kind_of, to_levels
 from sfpformat.deltas.tensors import OpenTensors
 from sfpformat.dtypes import DTYPES
 from sfpformat.encode.sink import MemorySink
+from sfpformat.io.checksum import crc32
+from sfpformat.numpy import load, save
 
-Patterns = NDArray[np.uint16]
+Patterns = NDArray[np.unsignedinteger]
 Model = dict[str, NDArray[Any]]
-BF16 = kind_of(DTYPES["BF16"])
 
 
 def main() -> None:
@@ -55,9 +60,7 @@ def read(path: Path) -> Model:
 def compare(base_path: Path, new_path: Path, rounds: int) -> None:
     """Prints the table of a pair."""
     base, new = read(base_path), read(new_path)
-    old, now = (
-        np.concatenate([a.reshape(-1).view(np.uint16) for a in model.values()]) for model in (base, new)
-    )
+    old, now = (np.concatenate([patterns(a) for a in model.values()]) for model in (base, new))
     changed = int(np.count_nonzero(old != now))
     bits = entropy(base, new)
     told = f"{changed / len(old):.3%} changed; entropy {bits / len(old):.4f} bits a weight"
@@ -65,6 +68,7 @@ def compare(base_path: Path, new_path: Path, rounds: int) -> None:
     targets: list[Model] = []
     contenders: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         "sfp": (lambda: written(base, new), lambda data: sfpformat.apply_delta(targets[-1], data, threads=1)),
+        "whole sfp": (lambda: save(new, threads=1), lambda data: load(data, threads=1)),
         "indices + values": (lambda: raw(old, now), lambda data: placed(old, now, data)),
         "indices + values, zstd": (
             lambda: zstd().ZstdCompressor(3).compress(raw(old, now)),
@@ -79,6 +83,7 @@ def compare(base_path: Path, new_path: Path, rounds: int) -> None:
     }
     best: dict[str, list[float]] = {name: [np.inf, np.inf] for name in contenders}
     sizes = {}
+    room, floors = np.zeros_like(old), dict[str, float]()
     for _ in range(rounds):
         targets.append({name: array.copy() for name, array in base.items()})
         for name, (encode, decode) in contenders.items():
@@ -92,21 +97,34 @@ def compare(base_path: Path, new_path: Path, rounds: int) -> None:
             ]
             sizes[name] = len(data)
         target = targets.pop()
-        assert all(np.array_equal(target[n].view(np.uint16), new[n].view(np.uint16)) for n in new)
+        assert all(np.array_equal(patterns(target[name]), patterns(new[name])) for name in new)
+        for name, work in (("CRC-32", lambda: crc32(old.data)), ("copy", lambda: np.copyto(room, old))):
+            begin = time.process_time()
+            work()
+            floors[name] = min(floors.get(name, np.inf), time.process_time() - begin)
     for name, size in sizes.items():
-        speeds = " | ".join(f"{2 * len(old) / seconds / 1e6:,.0f}" for seconds in best[name])
+        speeds = " | ".join(f"{old.nbytes / seconds / 1e6:,.0f}" for seconds in best[name])
         print(f"| {name} | {size:,} | {8 * size / len(old):.4f} | {size / sizes['sfp']:.2f} | {speeds} |")
     print(f"sfp: {8 * sizes['sfp'] / bits - 1:+.1%} of the entropy")
+    speeds = ", ".join(f"{name} {old.nbytes / seconds / 1e6:,.0f}" for name, seconds in floors.items())
+    print(f"MB/s: {speeds}")
+
+
+def patterns(array: NDArray[Any]) -> Patterns:
+    """Returns the bit patterns of a tensor, [elements]."""
+    return array.reshape(-1).view(f"<u{array.itemsize}")
 
 
 def entropy(base: Model, new: Model) -> float:
     """Returns the entropy in bits of the differences of each tensor, given the exponents of the base."""
     total = 0.0
     for name, array in base.items():
-        old, now = (model[name].reshape(-1).view(np.uint16) for model in (base, new))
+        old, now = (patterns(model[name]) for model in (base, new))
         if np.array_equal(old, now):
             continue
-        levels, exponents = to_levels(old, now, BF16), (array.reshape(-1).view(np.uint16) >> 7) & 255
+        kind = kind_of(DTYPES["BF16" if array.itemsize == 2 else "F32"])
+        levels = to_levels(old, now, kind)
+        exponents = (old >> old.dtype.type(kind.shift)) & old.dtype.type(kind.keys - 1)
         for exponent in np.unique(exponents):
             counts = np.unique(levels[exponents == exponent], return_counts=True)[1]
             total += float((counts * np.log2(counts.sum() / counts)).sum())
@@ -128,15 +146,15 @@ def raw(old: Patterns, now: Patterns) -> bytes:
 
 def placed(old: Patterns, now: Patterns, data: bytes) -> bool:
     """Applies indices and values."""
-    count = len(data) // 6
+    count = len(data) // (4 + old.itemsize)
     out = old.copy()
-    out[np.frombuffer(data, np.uint32, count)] = np.frombuffer(data, np.uint16, count, 4 * count)
+    out[np.frombuffer(data, np.uint32, count)] = np.frombuffer(data, old.dtype, count, 4 * count)
     return bool(np.array_equal(out, now))
 
 
 def xored(old: Patterns, now: Patterns, data: bytes) -> bool:
     """Applies an exclusive or."""
-    return bool(np.array_equal(old ^ np.frombuffer(data, np.uint16), now))
+    return bool(np.array_equal(old ^ np.frombuffer(data, old.dtype), now))
 
 
 def zstd() -> Any:
@@ -154,7 +172,7 @@ def patch(old: Patterns, now: Patterns) -> bytes:
     options = {
         z.CParameter.compressionLevel: 3,
         z.CParameter.enableLongDistanceMatching: 1,
-        z.CParameter.windowLog: _window(2 * len(old)),
+        z.CParameter.windowLog: _window(old.nbytes),
     }
     base = z.ZstdDict(old.tobytes(), is_raw=True).as_prefix
     return bytes(z.compress(now.tobytes(), options, base))
@@ -165,7 +183,7 @@ def patched(old: Patterns, now: Patterns, data: bytes) -> bool:
     z = pyzstd()
     base = z.ZstdDict(old.tobytes(), is_raw=True).as_prefix
     found = z.decompress(data, base, {z.DParameter.windowLogMax: 31})
-    return bool(np.array_equal(np.frombuffer(found, np.uint16), now))
+    return bool(np.array_equal(np.frombuffer(found, old.dtype), now))
 
 
 def pyzstd() -> Any:
@@ -180,7 +198,7 @@ def zipnn(old: Patterns, now: Patterns) -> dict[str, tuple[Callable[[], Any], Ca
     except ImportError:
         print("zipnn is not installed; its row is missing")
         return {}
-    codec = package.ZipNN(bytearray_dtype="bfloat16", threads=1)
+    codec = package.ZipNN(bytearray_dtype="bfloat16" if old.itemsize == 2 else "float32", threads=1)
     return {
         "XOR, ZipNN": (
             lambda: codec.compress(bytearray((old ^ now).tobytes())),

@@ -37,7 +37,7 @@ from sfpformat.decode.reader import SfpFile
 from sfpformat.decode.selection import Selection
 from sfpformat.deltas import applying, journal, writing
 from sfpformat.deltas.applying import uninterrupted
-from sfpformat.deltas.checksums import checksum_of, combined
+from sfpformat.deltas.checksums import checksum_of
 from sfpformat.deltas.journal import Journal
 from sfpformat.deltas.reading import PoolChanges
 from sfpformat.deltas.result import open_chain
@@ -46,7 +46,7 @@ from sfpformat.dtypes import DTYPES, of_numpy
 from sfpformat.encode.sink import MemorySink
 from sfpformat.engines import available
 from sfpformat.errors import FileFault
-from sfpformat.io.checksum import crc32
+from sfpformat.io.checksum import combined, crc32
 from sfpformat.io.safetensors import SafetensorsFile
 from sfpformat.limits import Limits
 from sfpformat.numpy import load, load_file, save, save_file

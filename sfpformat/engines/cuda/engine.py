@@ -17,9 +17,11 @@ assign = _processor.assign
 best_layout = _processor.best_layout
 chosen = _processor.chosen
 cluster = _processor.cluster
+compare = _processor.compare
 count_classes = _processor.count_classes
 count_exact = _processor.count_exact
 count_symbols = _processor.count_symbols
+crc32_with = _processor.crc32_with
 decode_levels = _processor.decode_levels
 encode_exact = _processor.encode_exact
 encode_levels = _processor.encode_levels
@@ -39,9 +41,11 @@ __all__ = [
     "best_layout",
     "chosen",
     "cluster",
+    "compare",
     "count_classes",
     "count_exact",
     "count_symbols",
+    "crc32_with",
     "decode_levels",
     "decode_runs",
     "encode_exact",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .change_checksums import compare, crc32_with
 from .changes import find_changes, place_changes
 from .decode import decode_levels, decode_runs, make_recipe
 from .dense_survey import survey_dense
@@ -29,9 +30,11 @@ __all__ = [
     "best_layout",
     "chosen",
     "cluster",
+    "compare",
     "count_classes",
     "count_exact",
     "count_symbols",
+    "crc32_with",
     "decode_levels",
     "decode_runs",
     "encode_exact",

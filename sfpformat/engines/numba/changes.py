@@ -1,27 +1,59 @@
-"""Kernels of `coding.changes`: one pass over the elements, with a counter for each key."""
+"""Kernels of `coding.changes`.
+
+An element needs work only if changes occur among elements with its key. After a small step of an optimiser,
+these are few, so the kernels compare 64 elements at once with the range of such keys, and look at the others.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numba.extending import register_jitable
 from numpy.typing import NDArray
 
-from ...coding.changes import NEVER, Bucket, Changes, ElementKind, Patterns
-from .compiling import kernel
+from ...coding.changes import NEVER, Bucket, Changes, ElementKind, Extent, Patterns
+from .comparing import COMPARED, Masks, inside, key_of, masks_of
+from .compiling import inlined_kernel, kernel
+from .unaligned import count_ones, prefetch, trailing_zeros
 
 if TYPE_CHECKING:
     from .compiling import Int
 
+# Of more of 64 elements with keys of the range, a loop over all is faster than one over the bits of a mask.
+_FEW = 20
+_AHEAD = 1024  # elements
 
-def find_changes(base: Patterns, new: Patterns, kind: ElementKind, ranks: NDArray[np.int64]) -> Changes:
+
+def find_changes(
+    parts: Sequence[tuple[Patterns, Patterns]], kind: ElementKind, extent: Extent
+) -> Changes | None:
     """Implements `coding.changes.find_changes`."""
-    size = len(base)
-    keys, at = np.empty(size, np.uint16), np.empty(size, np.uint32)
-    levels = np.empty(size, base.dtype)
-    found = _find(base, new, kind.shift, kind.bits, kind.exponent_bits != 0, ranks, keys, at, levels)
-    return Changes(keys[:found], at[:found], levels[:found])
+    is_float = kind.exponent_bits != 0
+    size = min(extent.most, sum(len(base) for base, _ in parts))
+    keys, ranks = np.empty(size, np.uint16), np.empty(size, np.uint32)
+    levels, elements = np.empty(size, kind.pattern), np.zeros(kind.keys, np.int64)
+    found: Int = 0
+    for base, new in parts if size else ():
+        found = _find(
+            base,
+            new,
+            kind.shift,
+            kind.bits,
+            is_float,
+            extent.first,
+            extent.last,
+            elements,
+            keys,
+            ranks,
+            levels,
+            found,
+        )
+    if found > size:
+        return None
+    elements[np.bincount(keys[:found], minlength=kind.keys) == 0] = 0
+    return Changes(keys[:found], ranks[:found], levels[:found], elements)
 
 
 def place_changes(
@@ -34,25 +66,8 @@ def place_changes(
     values: Patterns,
 ) -> int:
     """Implements `coding.changes.place_changes`."""
-    return int(
-        _place(
-            base,
-            kind.shift,
-            kind.bits,
-            kind.exponent_bits != 0,
-            *buckets,
-            gaps,
-            levels,
-            positions,
-            values,
-        )
-    )
-
-
-@register_jitable
-def _key(old: np.uint64, low: np.uint64, shift: Int, is_float: bool) -> np.uint64:
-    """Returns the key of an element, given the mask of its magnitude."""
-    return (((old & low) - np.uint64(1)) & low) >> np.uint64(shift) if is_float else np.uint64(0)
+    is_float = kind.exponent_bits != 0
+    return int(_place(base, kind.shift, kind.bits, is_float, *buckets, gaps, levels, positions, values))
 
 
 @register_jitable
@@ -62,11 +77,54 @@ def _ordered(pattern: np.uint64, flip: np.uint64, top: np.uint64) -> np.uint64:
 
 
 @register_jitable
-def _masks(bits: Int, is_float: bool) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
-    """Returns the place of the sign, and the masks of magnitude and pattern and of the bits to flip."""
-    top = np.uint64(bits - 1)
-    low = (np.uint64(1) << top) - np.uint64(1)
-    return top, low, low | (np.uint64(1) << top), low if is_float else np.uint64(0)
+def _chosen(
+    base: Patterns, start: Int, low: np.uint64, shift: Int, is_float: bool, first: Int, last: Int
+) -> np.uint64:
+    """Returns the mask of the elements among 64 that the kernels look at: those with keys of a range.
+
+    All of them for integers, and if many have such keys.
+    """
+    if not is_float:
+        return ~np.uint64(0)
+    size = np.uint64(last - first + 1) << np.uint64(shift)
+    mask = inside(base, start, low, np.uint64(first) << np.uint64(shift), size)
+    return mask if count_ones(mask) <= np.uint64(_FEW) else ~np.uint64(0)
+
+
+@inlined_kernel
+def _count(
+    base: Patterns,
+    new: Patterns,
+    i: Int,
+    shift: Int,
+    masks: Masks,
+    is_float: bool,
+    elements: NDArray[np.int64],
+    keys: NDArray[np.uint16],
+    ranks: NDArray[np.uint32],
+    levels: Patterns,
+    found: Int,
+) -> Int:
+    """Counts an element, and stores it if it differs and the arrays have room.
+
+    Returns:
+        The number of elements that differ.
+    """
+    top, low, full, flip = masks
+    old = np.uint64(base[i])
+    key = key_of(old, low, shift, is_float)
+    rank = elements[key]
+    elements[key] = rank + 1
+    now = np.uint64(new[i])
+    if old != now:
+        if found < len(keys):
+            difference = (_ordered(now, flip, top) - _ordered(old, flip, top)) & full
+            sign = full if difference >> top else np.uint64(0)
+            keys[found] = key
+            ranks[found] = rank
+            levels[found] = ((difference << np.uint64(1)) ^ sign) & full
+        found += 1
+    return found
 
 
 @kernel
@@ -76,25 +134,82 @@ def _find(
     shift: Int,
     bits: Int,
     is_float: bool,
-    ranks: NDArray[np.int64],
+    first: Int,
+    last: Int,
+    elements: NDArray[np.int64],
     keys: NDArray[np.uint16],
-    at: NDArray[np.uint32],
+    ranks: NDArray[np.uint32],
     levels: Patterns,
+    found: Int,
 ) -> Int:
-    top, low, full, flip = _masks(bits, is_float)
-    found = 0
-    for i in range(len(base)):
-        old = np.uint64(base[i])
-        key = _key(old, low, shift, is_float)
-        rank = ranks[key]
-        ranks[key] = rank + 1
-        now = np.uint64(new[i])
-        if old != now:
-            difference = (_ordered(now, flip, top) - _ordered(old, flip, top)) & full
-            sign = full if difference >> top else np.uint64(0)
-            keys[found] = key
-            at[found] = rank
-            levels[found] = ((difference << np.uint64(1)) ^ sign) & full
+    """Finds the changes of a part, given the range of keys with changes. Counts the elements in the range.
+
+    Returns:
+        The number of changes of this part and those before, ``found``. Stores those that have room.
+    """
+    masks = masks_of(bits, is_float)
+    head = len(base) % COMPARED
+    for i in range(head):
+        found = _count(base, new, i, shift, masks, is_float, elements, keys, ranks, levels, found)
+    width = bits >> 3
+    for start in range(head, len(base), COMPARED):
+        # Few elements of this array are read, too irregularly for the processor to read ahead.
+        prefetch(new, (start + _AHEAD) * width)
+        prefetch(new, (start + _AHEAD) * width + 64)
+        mask = _chosen(base, start, masks[1], shift, is_float, first, last)
+        if mask == ~np.uint64(0):
+            for i in range(start, start + COMPARED):
+                found = _count(base, new, i, shift, masks, is_float, elements, keys, ranks, levels, found)
+            continue
+        while mask:
+            at = start + np.int64(trailing_zeros(mask))
+            mask &= mask - np.uint64(1)
+            found = _count(base, new, at, shift, masks, is_float, elements, keys, ranks, levels, found)
+    return found
+
+
+@inlined_kernel
+def _step(
+    base: Patterns,
+    i: Int,
+    shift: Int,
+    masks: Masks,
+    is_float: bool,
+    left: NDArray[np.int64],
+    gap: NDArray[np.int64],
+    level: NDArray[np.int64],
+    last: NDArray[np.int64],
+    dense: NDArray[np.uint8],
+    gaps: NDArray[np.uint32],
+    levels: Patterns,
+    positions: NDArray[np.uint32],
+    values: Patterns,
+    found: Int,
+) -> Int:
+    """Places the change of an element, if it has one.
+
+    Returns:
+        The number of placed changes, or -1 if a dense bucket has no level left.
+    """
+    top, low, full, flip = masks
+    old = np.uint64(base[i])
+    key = key_of(old, low, shift, is_float)
+    rest = left[key] - 1
+    left[key] = rest
+    if rest <= 0:
+        if dense[key] and level[key] >= last[key]:
+            found = -1
+        else:
+            coded = np.uint64(levels[level[key]])
+            level[key] += 1
+            if not dense[key]:
+                gap[key] += 1
+                left[key] = np.int64(gaps[gap[key]]) + 1 if level[key] < last[key] else np.int64(NEVER)
+            sign = full if coded & np.uint64(1) else np.uint64(0)
+            difference = (coded >> np.uint64(1)) ^ sign
+            now = (_ordered(old, flip, top) + difference) & full
+            positions[found] = i
+            values[found] = _ordered(now, flip, top)
             found += 1
     return found
 
@@ -115,26 +230,58 @@ def _place(
     positions: NDArray[np.uint32],
     values: Patterns,
 ) -> Int:
-    top, low, full, flip = _masks(bits, is_float)
-    found = 0
-    for i in range(len(base)):
-        old = np.uint64(base[i])
-        key = _key(old, low, shift, is_float)
-        rest = left[key] - 1
-        left[key] = rest
-        if rest > 0:
-            continue
-        if dense[key] and level[key] >= last[key]:
+    """Places the changes of a part."""
+    masks = masks_of(bits, is_float)
+    found: Int = 0
+    low_key, high_key = len(level), -1
+    for key in range(len(level)):
+        if level[key] < last[key] or dense[key]:
+            low_key, high_key = min(low_key, key), key
+    if high_key < 0:
+        return 0
+    head = len(base) % COMPARED
+    for i in range(head):
+        found = _step(
+            base,
+            i,
+            shift,
+            masks,
+            is_float,
+            left,
+            gap,
+            level,
+            last,
+            dense,
+            gaps,
+            levels,
+            positions,
+            values,
+            found,
+        )
+        if found < 0:
             return -1
-        coded = np.uint64(levels[level[key]])
-        level[key] += 1
-        if not dense[key]:
-            gap[key] += 1
-            left[key] = np.int64(gaps[gap[key]]) + 1 if level[key] < last[key] else np.int64(NEVER)
-        sign = full if coded & np.uint64(1) else np.uint64(0)
-        difference = (coded >> np.uint64(1)) ^ sign
-        now = (_ordered(old, flip, top) + difference) & full
-        positions[found] = i
-        values[found] = _ordered(now, flip, top)
-        found += 1
+    for start in range(head, len(base), COMPARED):
+        mask = _chosen(base, start, masks[1], shift, is_float, low_key, high_key)
+        while mask:
+            at = start + np.int64(trailing_zeros(mask))
+            mask &= mask - np.uint64(1)
+            found = _step(
+                base,
+                at,
+                shift,
+                masks,
+                is_float,
+                left,
+                gap,
+                level,
+                last,
+                dense,
+                gaps,
+                levels,
+                positions,
+                values,
+                found,
+            )
+            if found < 0:
+                return -1
     return found
