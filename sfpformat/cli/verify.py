@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..decode.validate import Report, validate, validate_index
-from ..errors import MOST_DETAIL, shortened
+from ..deltas.result import DeltaFile
+from ..errors import MOST_DETAIL, FileFault, shortened
 from ..io.paths import is_index, model_path
 from ..limits import Limits
 from ..names import quoted
 from .console import bytes_words, printable, progress, show_json
+from .delta_files import ModelTensors
 from .errors import other_kind, path_in_errors, require_file
 from .limit_option import add_limits, limits_of
+from .model_files import open_model
 from .parser import Parser, Subparsers, examples
 
 # Maximum number of faults or notes printed per file; further ones are counted.
@@ -34,11 +37,17 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ("sfp verify model.sfp", "exit code 0 without faults, else 1"),
             ("sfp verify model.sfp --canonical", "exit code 1 also if the file is not canonical"),
             ("sfp verify shards/*.sfp --json", "check several files, print JSON"),
+            ("sfp verify step-18.sfp --base step-17.safetensors", "check that a delta fits its base"),
         ),
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help=".sfp files, .sfp.index.json, or folders")
     parser.add_argument(
         "--canonical", action="store_true", help="count a file that is not canonical as a fault"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="compare the checksums of this model, and of the result, with those in FILE, a delta of it",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_limits(parser)
@@ -50,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     code, results = 0, []
     limits = limits_of(args.limit)
     for path, report in (pair for name in args.files for pair in _reports(Path(name), limits)):
+        if args.base is not None and report.ok:
+            _check_with_base(path, args.base, report, limits)
         good = report.canonical if args.canonical else report.ok
         code = code if good and not report.not_finite else 1
         results.append(_as_json(path, report))
@@ -86,6 +97,21 @@ def _validate(path: Path, limits: Limits) -> Report:
             last = done
 
         return validate(path, limits=limits, progress=advance)
+
+
+def _check_with_base(path: Path, base_path: str, report: Report, limits: Limits) -> None:
+    """Makes the result of a delta and its base, and adds the first fault to a report.
+
+    Raises:
+        CommandError: the file is not a delta, or the base is not a model.
+        OSError: a file cannot be read.
+    """
+    with open_model(base_path, limits=limits) as base, path_in_errors(path):
+        try:
+            with DeltaFile(path, ModelTensors(base), limits=limits) as result:
+                result.check()
+        except FileFault as error:
+            report.faults.append(error)
 
 
 def _as_json(path: Path, report: Report) -> dict[str, object]:

@@ -62,6 +62,24 @@ def test_a_chain_of_deltas_makes_the_last_checkpoint(
     capsys.readouterr()
 
 
+def test_verify_compares_base_and_result_with_their_checksums(
+    tmp_path: Path, steps: list[Arrays], capsys: Capture
+) -> None:
+    delta = tmp_path / "d2.sfp"
+    bases = [tmp_path / f"step-{n}.safetensors" for n in range(4)]
+    assert sfp("verify", delta, "--base", bases[1]) == 0
+    capsys.readouterr()
+    for wrong, words in ((bases[0], "made from another base"), (bases[2], "was applied before")):
+        assert sfp("verify", delta, "--base", wrong, "--json") == 1
+        [report] = json.loads(capsys.readouterr().out)
+        [fault] = report["faults"]
+        assert (report["ok"], fault["code"], fault["clause"]) == (False, "E_BASE", "R-DLT-009")
+        assert words in fault["detail"]
+    save_file(steps[0], tmp_path / "model.sfp")
+    assert sfp("verify", tmp_path / "model.sfp", "--base", bases[0]) == 2
+    assert "is a model, not a delta" in capsys.readouterr().err
+
+
 def test_a_wrong_base_is_named_with_both_checksums_and_nothing_is_written(
     tmp_path: Path, steps: list[Arrays], capsys: Capture
 ) -> None:
