@@ -76,9 +76,9 @@ def test_every_kernel_compiles_without_spilled_registers(arch: str) -> None:
 
 
 def test_the_check_of_barriers_finds_them_and_what_it_copies() -> None:
-    root = barriers.SOURCE.parents[1]
+    root = shim.SOURCE.parents[1]
     assert all((root / name).exists() for name in barriers._COPIED)
-    found = list(barriers.barriers(barriers.SOURCE))
+    found = list(barriers.barriers(shim.SOURCE))
     assert {"decode.cuh", "dense.cuh", "index.cuh", "windows.cuh"} <= {path.name for path, _, _ in found}
     assert all("__" in path.read_text()[a:b] or "wait" in path.read_text()[a:b] for path, a, b in found)
 
