@@ -206,15 +206,14 @@ class Parts:
             raise fault("R-DLT-020", "a pruned position has a weight")
         if self.mask is not None and not (zero & alive).any():
             raise fault("R-DLT-020", "the part mask is not needed")
-        number = self.structure.quantiser != Exact.NAME
-        if number and ((self.weights & _MAGNITUDE) == 0)[alive].any():
-            raise fault("R-DLT-020", "a survivor has no level")
+        if self.structure.quantiser != Exact.NAME:
+            _require_numbers(self.weights[alive] & _MAGNITUDE, "level")
         stored, own = self.importance_mask, self.structure.importance
         if self.importance is not None and stored is not None and own is not None:
             if (self.importance != 0)[~stored].any():
                 raise fault("R-DLT-020", "a position without importance has one")
-            if own.quantiser != Exact.NAME and not _are_numbers(self.importance[stored]):
-                raise fault("R-DLT-020", "an importance has no level")
+            if own.quantiser != Exact.NAME:
+                _require_numbers(self.importance[stored], "importance")
         self.entry.require_valid_streams()
         for vector in self.structure.vector_list(self.shape):
             _require_stored(self.named_vectors[vector.name], vector.dtype)
@@ -228,8 +227,10 @@ class Parts:
         return found
 
 
-def _are_numbers(patterns: Patterns) -> bool:
-    return bool(((patterns != 0) & (patterns <= _MAGNITUDE)).all())
+def _require_numbers(patterns: Patterns, what: str) -> None:
+    """Checks that survivors have a level or an importance."""
+    if not ((patterns != 0) & (patterns <= _MAGNITUDE)).all():
+        raise fault("R-DLT-020", f"the pattern of a survivor's {what} has no number")
 
 
 def _require_stored(vector: F32, dtype: Dtype) -> None:

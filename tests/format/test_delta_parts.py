@@ -414,7 +414,7 @@ def _changed(rng: np.random.Generator, kept: Kept, *, mask: bool) -> Kept:
     return Kept(array, kept.options, new_mask, importance)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(pairs(), st.sampled_from([1, 7, 1 << 22]))
 def test_any_pair_of_files_comes_through_both_readers(pair: tuple[bytes, bytes], block: int) -> None:
     base, new = pair

@@ -201,6 +201,10 @@ def _zeros(suite: Suite) -> None:
     pruned = changed(model, {"zeros/mask": lambda old: [0 for _ in old]})
     words = "pruned positions with weights"
     suite.misfit("DLT-020-pruned", words, good, between(model, pruned, structures), base, "zeros")
+    alive = next(i for i, pattern in enumerate(model["zeros"].patterns()) if pattern)
+    pruned = changed(model, {"zeros/mask": lambda old: _at(old, alive, 0)})
+    words = "one pruned position with a weight"
+    suite.misfit("DLT-020-pruned-one", words, good, between(model, pruned, structures), base, "zeros")
     whole = dict(changed(filled, {}))
     whole["zeros/mask"] = Plain.of("BOOL", [4, 24], gallery.MASK)
     words = "a part `mask` although no survivor is zero"
@@ -245,6 +249,16 @@ def _dense(suite: Suite) -> None:
     changes: dict[str, Change] = {"exact": _step(4), "uniform": _step(3)}
     told = between(model, changed(model, changes), structures)
     suite.applied("DLT-021-dense", "tensors without a mask in parts", told, base)
+    zeros = [0 if i % 3 == 0 else level for i, level in enumerate(levels)]
+    entry = {**entry, "fingerprints": exact("BF16", **table_for(zeros))}
+    words = "a tensor without a mask, with elements of bit pattern 0"
+    base = suite.valid(
+        "DLT-018-dense-zeros-base", words, hand_file(hand_part(entry, {"fingerprints": zeros}))
+    )
+    data = suite.cases[base].data
+    model, structures = split(data), structures_of(data)
+    told = between(model, changed(model, {"exact": _step(4)}), structures)
+    suite.applied("DLT-018-dense-zeros", words + ", in parts", told, base)
 
 
 def _edit(key: str, change: Callable[[Any], Any]) -> Edit:
@@ -462,6 +476,12 @@ def _unfit(suite: Suite, good: str, base: str, model: Model, structures: Structu
         "uniform",
         {"uniform/importance": lambda old: [0] * len(old)},
     )
+    words = "an importance whose pattern has the highest bit"
+
+    def signed(old: list[int]) -> list[int]:
+        return _at(old, next(i for i, p in enumerate(old) if p), (1 << 31) + 2)
+
+    unfit("importance-sign", words, "uniform", {"uniform/importance": signed})
     infinite = 0x7F80
     words = "an infinite importance"
     unfit("infinite", words, "group", {"group/importance": lambda old: _at(old, 4, infinite)})

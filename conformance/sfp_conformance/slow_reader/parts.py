@@ -183,7 +183,8 @@ def parts_of(entry: Entry, tensor: Tensor) -> dict[str, Plain]:
         for level in tensor.levels
     ]
     out[""] = Plain.of(tensor.dtype if exact else "F32", shape, patterns)
-    if any(bit and not pattern for bit, pattern in zip(tensor.mask, patterns, strict=True)):
+    zeros = any(bit and not pattern for bit, pattern in zip(tensor.mask, patterns, strict=True))
+    if "mask" in entry and zeros:
         out["mask"] = Plain.of("BOOL", shape, tensor.mask)
     if importance["over"] != "factors":
         own = importance["quantiser"] == "exact"
