@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .masked import ScoredWeight
 from .processes import Processes
-from .sharded_scores import ShardedWeight
+from .sharded_masking import ShardedWeight
 
 
 class Accumulation:

@@ -126,8 +126,13 @@ class ShardedCheckpoint(Checkpoint):
         return self._processes.agreed(lambda: load(self._paths[place], job))
 
     def save(self, job: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Writes this process's file atomically."""
-        save(self._paths[self._next], job, state)
+        """Writes this process's file atomically.
+
+        Raises:
+            OSError: it cannot be written.
+            ProcessError: another process cannot write its file.
+        """
+        self._processes.agreed(lambda: save(self._paths[self._next], job, state))
         self._next = 1 - self._next
 
 

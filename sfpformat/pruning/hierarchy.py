@@ -34,7 +34,7 @@ from .levels import Levels
 from .masked import Groups, MaskedModel
 from .processes import ALONE, Processes
 from .sharded import Sharded, resharding
-from .sharded_scores import masking_of
+from .sharded_masking import masking_of
 from .signal import SignalAdam
 from .task import Progress, Task, cost, evaluating, finite, require_objective
 

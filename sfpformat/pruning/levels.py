@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .masked import LEVELS, Groups, ScoredWeight
 from .processes import ALONE, Processes
 from .sharded import Sharded
-from .sharded_scores import ShardedWeight
+from .sharded_masking import ShardedWeight
 from .sums import row_sums
 from .task import as_matrix
 from .thresholds import count_of_share
@@ -196,18 +196,16 @@ class Levels:
         threshold = quantile(self._all_scores, sparsity, self._processes)
         out = {}
         for name, part in self.scored.items():
-            scores, scores_of = torch.empty_like(part.start), part.scorer()
-            # Also with shards in blocks of the whole weight: the bits of softplus depend on the place in a
-            # block, because the last numbers are not computed by vector instructions.
+            whole, scores_of = part.start.new_empty(part.shape), part.scorer()
+            # Of shards too, the whole weight: the bits of softplus depend on the place in a block, because
+            # the last numbers of it are not computed by vector instructions.
             for block in part.blocks():
-                given = nn.functional.softplus(scores_of(block) - threshold)
-                first, last = max(block.start, part.first), min(block.stop, part.first + len(scores))
-                if first < last:
-                    scores[first - part.first : last - part.first] = given[first - block.start :][
-                        : last - first
-                    ]
-            scores = scores.view(-1, *part.weight.shape[1:])
-            out[name] = scores if self.sharded is None else self.sharded.like(name, scores)
+                whole[block] = nn.functional.softplus(scores_of(block) - threshold)
+            whole = whole.view(part.weight.shape)
+            if self.sharded is not None:
+                own = whole[part.first : part.first + len(part.start)]
+                whole = self.sharded.like(name, own.clone())
+            out[name] = whole
         return out
 
     def state(self) -> dict[str, Any]:

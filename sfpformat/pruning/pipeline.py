@@ -17,7 +17,7 @@ from ..options import ImportanceOptions, Options
 from ..torch.models import save_model
 from ..torch.saving import ImportanceTensor
 from ..torch.ties import TiedNames
-from . import sharded
+from . import sharded_pruning
 from .grades import graded, options_for_grades
 from .masks import masks_of
 from .thresholds import Allocation, Numbers, Pattern, Threshold
@@ -77,7 +77,9 @@ def prune(
     """
     if is_sharded(model):
         patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
-        return sharded.pruned(model, importances, threshold, scope=scope, exempt=patterns, floor=floor)
+        return sharded_pruning.pruned(
+            model, importances, threshold, scope=scope, exempt=patterns, floor=floor
+        )
     importances = named_once(model, importances, "importances")
     weights = chosen_tensors(model, list(importances))
     require_shapes(weights, importances, "importance")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from . import sharded
+from . import sharded_pruning
 from .calibration_sums import Statistics
 from .thresholds import Pattern, count_of_share, require_share
 from .weight_selection import (
@@ -40,7 +40,7 @@ def magnitude(model: nn.Module, tensors: Sequence[str] | None = None) -> Importa
         OptionError: a name is not a float parameter, or there are no names.
     """
     if is_sharded(model):
-        return sharded.magnitude(model, tensors)
+        return sharded_pruning.magnitude(model, tensors)
     chosen = chosen_weights(model, None) if tensors is None else chosen_tensors(model, tensors)
     return {name: weight.float().abs() for name, weight in chosen.items()}
 
@@ -61,7 +61,7 @@ def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
         OptionError: a name is not that of a prunable parameter, or there are no names.
     """
     if is_sharded(model):
-        return sharded.fisher(model, found)
+        return sharded_pruning.fisher(model, found)
     weights = chosen_weights(model, list(named_once(model, found, "found")))
     return {name: weight.float().square() * found[name].fisher for name, weight in weights.items()}
 
@@ -84,7 +84,7 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
             are no names.
     """
     if is_sharded(model):
-        return sharded.wanda(model, found)
+        return sharded_pruning.wanda(model, found)
     out, left = {}, []
     for name, weight in chosen_weights(model, list(named_once(model, found, "found"))).items():
         inputs, layout = found[name].inputs, found[name].layout
@@ -92,7 +92,7 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
             left.append(name)
         else:
             out[name] = layout.back(layout.matrix(weight.float()).abs() * inputs.sqrt(), weight).contiguous()
-    sharded.report_without_inputs(left, nothing_else=not out)
+    sharded_pruning.report_without_inputs(left, nothing_else=not out)
     return out
 
 
@@ -136,7 +136,7 @@ def comparable(
         return layout.back(rows.reshape(matrix.shape), importance).contiguous()
 
     if is_sharded(model):
-        return sharded.of_whole(model, importances, of_tensor)
+        return sharded_pruning.of_whole(model, importances, of_tensor)
     require_shapes(chosen_weights(model, list(importances)), importances, "importance")
     return {name: of_tensor(name, importance) for name, importance in importances.items()}
 

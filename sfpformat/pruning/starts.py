@@ -25,7 +25,7 @@ from .masks import unfit
 from .processes import ALONE, Processes
 from .scores import Importances, comparable, fisher, magnitude, wanda
 from .sharded import Sharded, resharding
-from .sharded_scores import masking_of
+from .sharded_masking import masking_of
 from .task import CLASSIFY, Data, Task, evaluating, require_objective
 from .thresholds import Pattern
 from .weight_selection import is_sharded, layout_of

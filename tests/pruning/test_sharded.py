@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sfpformat.pruning.processes import ALONE
-from sfpformat.pruning.sharded import _lowest
+from sfpformat.pruning.sharded_pruning import _lowest
 from sfpformat.pruning.weight_selection import is_sharded
 
 from ..support.sharded_group import WORLDS
