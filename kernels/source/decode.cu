@@ -1,7 +1,8 @@
 // The kernels. Each determines its part of the work and calls the functions of the other files.
 //
-// A block has `WARPS` warps. `parts` has the job of each warp and which 32 segments of the job the warp decodes (with
-// windows `segments_a_warp`), or IDLE. If a kernel has tables in shared memory, all warps of a block decode the same tensor, that of the first warp.
+// A block has `WARPS` warps. `parts` has the job of each warp and which segments of the job the warp decodes (32, or
+// with windows `segments_a_warp`), or IDLE. If a kernel has tables in shared memory, all warps of a block decode the
+// same tensor, that of the first warp.
 #include "product.cuh"
 #include "sparse.cuh"
 #include "windows.cuh"

@@ -226,6 +226,25 @@ struct alignas(8) Two {
     u32 a, b;
 };
 
+// Joins four slots and residuals, and stores the weights. Args: residuals: one word, or with ITEM 4 three.
+template <u32 ITEM> __device__ inline void write_four(u32 base, u32 slots, const u32 *residuals, u8 *to) {
+    u32 out[ITEM];
+    if constexpr (ITEM == 2) {
+        join_2(base, slots, residuals[0], out);
+        *(Two *)to = {out[0], out[1]};
+    } else {
+        join_4(base, slots, residuals, out);
+        *(Words *)to = {out[0], out[1], out[2], out[3]};
+    }
+}
+
+// Joins a slot with the residual at an offset of the chunk, and stores the weight.
+template <u32 ITEM> __device__ inline void write_one(Chunk chunk, u32 base, u32 slot, u32 at, u8 *to) {
+    u32 residual = 0;
+    for (u32 k = 0; k < ITEM - 1; k++) residual |= byte_at(chunk, at + k) << 8 * k;
+    put<ITEM>((u32 *)to, 0, pattern_of<ITEM>(base, slot << 8 * (ITEM - 1), residual));
+}
+
 // The locations of the weights and residuals of the warp's rows, which are the same for all tiles. A warp writes two
 // rows at a time, four weights per lane.
 struct DenseRows {
@@ -275,14 +294,7 @@ __device__ inline void write_full_slots(const DenseRows &rows, const u32 *tile, 
         }
 #pragma unroll
         for (u32 i = 0; i < at_once; i++) {
-            u32 slots = tile[(begin + 2 * i) * SLOT_ROW], out[ITEM];
-            if constexpr (ITEM == 2) {
-                join_2(rows.base, slots, loaded[i], out);
-                *(Two *)to = {out[0], out[1]};
-            } else {
-                join_4(rows.base, slots, loaded + 3 * i, out);
-                *(Words *)to = {out[0], out[1], out[2], out[3]};
-            }
+            write_four<ITEM>(rows.base, tile[(begin + 2 * i) * SLOT_ROW], loaded + i * words, to);
             to += rows.step;
         }
     }
@@ -302,9 +314,8 @@ __device__ inline void write_slots(const Warp &warp, const DenseRows &rows, cons
         if (positions <= done) continue;
         u8 *to = place_of_row<ITEM>(warp, done, row);
         for (u32 i = lane; i < least(positions - done, SLOTS); i += WARP) {
-            u32 slot = ((const u8 *)(tile + row * SLOT_ROW))[i], residual = 0;
-            for (u32 k = 0; k < ITEM - 1; k++) residual |= byte_at(rows.chunk, at + (done + i) * (ITEM - 1) + k) << 8 * k;
-            put<ITEM>((u32 *)to, i, pattern_of<ITEM>(rows.base, slot << 8 * (ITEM - 1), residual));
+            u32 slot = ((const u8 *)(tile + row * SLOT_ROW))[i];
+            write_one<ITEM>(rows.chunk, rows.base, slot, at + (done + i) * (ITEM - 1), to + i * ITEM);
         }
     }
 }

@@ -20,7 +20,7 @@ struct WindowMemory {
     Words tiles[WARPS][TILE_LEVELS / sizeof(Words)];
 };
 
-// Returns the number of segments per warp; sfpformat/engines/cuda/layout.py has the same.
+// Returns the number of segments per warp; sfpformat/engines/cuda/recipe.py does the same.
 __device__ inline u32 segments_a_warp(u32 segment) {
     return segment < WARP_LEVELS ? least(WARP_LEVELS / segment, WARP) : 1;
 }
@@ -104,24 +104,16 @@ __device__ inline void join_quads(
 ) {
 #pragma unroll
     for (u32 i = 0; i < COUNT; i++) {
-        u32 quad = (first + i) * WARP + lane, out[ITEM];
-        u8 *to = row.to + (done + 4 * quad) * ITEM;
-        if constexpr (ITEM == 2) {
-            join_2(row.base, tile[quad], loaded[i], out);
-            *(Two *)to = {out[0], out[1]};
-        } else {
-            join_4(row.base, tile[quad], loaded + 3 * i, out);
-            *(Words *)to = {out[0], out[1], out[2], out[3]};
-        }
+        u32 quad = (first + i) * WARP + lane;
+        write_four<ITEM>(row.base, tile[quad], loaded + i * (ITEM - 1), row.to + (done + 4 * quad) * ITEM);
     }
 }
 
 // Does the same for a tile that is not full, one weight after the other.
 template <u32 ITEM> __device__ inline void join_some(const WindowRow &row, const u32 *tile, u32 done, u32 lane) {
     for (u32 i = lane; i < least(row.count - done, TILE_LEVELS); i += WARP) {
-        u32 slot = ((const u8 *)tile)[i], residual = 0, at = row.residuals + (done + i) * (ITEM - 1);
-        for (u32 k = 0; k < ITEM - 1; k++) residual |= byte_at(row.chunk, at + k) << 8 * k;
-        put<ITEM>((u32 *)row.to, done + i, pattern_of<ITEM>(row.base, slot << 8 * (ITEM - 1), residual));
+        u32 at = row.residuals + (done + i) * (ITEM - 1);
+        write_one<ITEM>(row.chunk, row.base, ((const u8 *)tile)[i], at, row.to + (done + i) * ITEM);
     }
 }
 

@@ -236,8 +236,6 @@ def _is_short(entry: TensorEntry) -> bool:
     """Returns whether the kernels with all tables in shared memory support the tensor."""
     assert entry.fingerprints is not None
     tables = [entry.fingerprints.table, *([entry.mask.table] if entry.mask is not None else [])]
-    if any(table.window is not None for table in tables):
-        return False
     few = entry.fingerprints.table.top <= layout.SHORT_PATTERNS or not _looks_up(entry)
     short = all(t.top <= layout.SHORT_TOP and len(t.codes) <= layout.SHORT_CODES for t in tables)
     return few and short and entry.dtype.itemsize <= 4
@@ -247,8 +245,6 @@ def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
     """Returns the residual bits of the kernel `sparse_2_*` that supports the tensor; None if none does."""
     assert entry.fingerprints is not None
     quantiser, table, mask = entry.fingerprints.quantiser, entry.fingerprints.table, entry.mask
-    if any(table.window is not None for table in entry.streams().values()):
-        return None
     if entry.dtype.itemsize != 2 or any(len(t.codes) > layout.SHORT_CODES for t in entry.streams().values()):
         return None
     if mask is not None and not mask.is_bitmap:
@@ -285,21 +281,18 @@ def kernel_of(entry: TensorEntry) -> str:
         return f"any_{item}"
     width = table.constant_width
     dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None
+    whole = (item, width) in _WHOLE_BYTES and isinstance(quantiser, Exact) and not quantiser.trim
+    if any(t.window is not None for name, t in entry.streams().items() if name != "importance"):
+        return f"windows_{item}_{width}" if dense and whole else f"{'plain' if item > 1 else 'any'}_{item}"
     residual_bits = _residual_bits_of_sparse(entry)
     if residual_bits is not None:
         tables = [table, *([entry.mask.table] if entry.mask is not None else [])]
         is_short = max(map(_longest, tables)) <= _SHORT_BITS
         many = "one" if is_short and all(len(t.codes) <= 1 for t in tables) else "many"
         return f"sparse_2_{residual_bits}_{many}_{'short' if is_short else 'long'}"
-    whole = (item, width) in _WHOLE_BYTES and isinstance(quantiser, Exact) and not quantiser.trim
-    if table.window is not None and not (dense and whole):
-        return f"{'plain' if item > 1 else 'any'}_{item}"
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
         kind = "short" if _is_short(entry) else "plain" if item > 1 else "any"
         return f"{kind}_{item}"
-    assert isinstance(quantiser, Exact)
-    if table.window is not None:
-        return f"windows_{item}_{width}"
     if not whole:
         return f"dense_{item}_0"
     many = "many" if len(table.codes) > 1 else "one"
