@@ -38,18 +38,18 @@ class Blocks:
         whole = np.full(self.chunk if self.positions >= size else 0, self.segment, np.int64)
         for start in range(0, self.positions, size):
             stop = min(start + size, self.positions)
-            counts = whole
-            if stop - start < size:
-                counts = np.full(-(-(stop - start) // self.segment), self.segment, np.int64)
-                counts[-1] -= len(counts) * self.segment - (stop - start)
-            yield slice(start, stop), counts
+            yield (
+                slice(start, stop),
+                whole if stop - start == size else segment_counts(stop - start, self.segment),
+            )
 
-    def all_counts(self) -> Counts:
-        """Returns the number of positions of each segment of the tensor, int64 [segments]."""
-        counts = np.full(-(-self.positions // self.segment), self.segment, np.int64)
-        if len(counts):
-            counts[-1] -= len(counts) * self.segment - self.positions
-        return counts
+
+def segment_counts(positions: int, segment: int) -> Counts:
+    """Returns the number of positions of each segment of ``positions`` positions, int64 [segments]."""
+    counts = np.full(-(-positions // segment), segment, np.int64)
+    if len(counts):
+        counts[-1] -= len(counts) * segment - positions
+    return counts
 
 
 class Survivors(NamedTuple):

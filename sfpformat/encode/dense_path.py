@@ -15,9 +15,10 @@ from ..container.stream_maps import FingerprintsEntry
 from ..engines import Engine
 from ..io.threads import Workers
 from ..options import Lossless, Options
-from .blocks import Blocks, CodedBlocks
+from .blocks import Blocks, CodedBlocks, segment_counts
 from .codes import LevelBlocks
-from .exact_tables import choose_exact, survey_dense
+from .exact_survey import survey_dense
+from .exact_tables import choose_exact
 from .level_sources import MAX_DISTINCT, ExactSource, may_be_values
 from .planner import NEARLY_ALL, Plan
 from .segments import default_chunk, default_segment
@@ -26,7 +27,7 @@ from .segments import default_chunk, default_segment
 _MOST_CHUNKS = 4
 
 
-def plan_dense(raw: Plan, options: Options, engine: Engine, workers: Workers) -> tuple[Plan, int] | None:
+def plan_dense(raw: Plan, options: Options, engine: Engine, workers: Workers) -> Plan | None:
     """Plans a tensor without a mask and importance as bit patterns in its own dtype, if that is the choice.
 
     Args:
@@ -36,7 +37,7 @@ def plan_dense(raw: Plan, options: Options, engine: Engine, workers: Workers) ->
         workers: the threads that count.
 
     Returns:
-        The plan and an estimate of its bits, the same as those of `Planner.plan`; or None.
+        The plan with the estimate of its bits, the same as those of `Planner.plan`; or None.
     """
     entry, flat, dtype = raw.entry, raw.flat, raw.entry.dtype
     if dtype.itemsize not in (2, 4) or not len(flat) or options.code_limit < 8:
@@ -54,7 +55,8 @@ def plan_dense(raw: Plan, options: Options, engine: Engine, workers: Workers) ->
     magnitudes = engine.few_magnitudes(patterns, MAX_DISTINCT)
     if magnitudes is not None and may_be_values(magnitudes, flat):
         return None
-    survey = survey_dense(patterns, blocks.all_counts(), size, dtype, options, engine)
+    counts = segment_counts(len(flat), segment)
+    survey = survey_dense(patterns, counts, size, dtype, options, engine)
     if survey is None or (len(flat) - survey.lowest) / len(flat) <= NEARLY_ALL:
         return None
     quantiser = Exact(dtype)
@@ -63,8 +65,7 @@ def plan_dense(raw: Plan, options: Options, engine: Engine, workers: Workers) ->
     def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
         return patterns[block], positions
 
-    segments = -(-len(flat) // segment)
-    stream = LevelBlocks(segments, blocks, levels, True, workers)
+    stream = LevelBlocks(len(counts), blocks, levels, True, workers)
     choice = choose_exact(stream, dtype, quantiser.fingerprint_bound(dtype), options, engine, survey)
     entry = replace(
         entry,
@@ -73,4 +74,4 @@ def plan_dense(raw: Plan, options: Options, engine: Engine, workers: Workers) ->
         chunk=blocks.chunk,
         fingerprints=FingerprintsEntry(Exact(dtype, choice.trim), choice.table),
     )
-    return Plan(entry, flat, blocks, coded, {"fingerprints": choice.codes}), choice.bits
+    return Plan(entry, flat, blocks, coded, {"fingerprints": choice.codes}, bits=choice.bits)

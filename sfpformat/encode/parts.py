@@ -111,7 +111,7 @@ def plan_parts(
         bits += more
     plan = replace(plan, vectors=dict(parts.named_vectors))
     require_readable(plan)
-    return within_expansion(replace(plan, bits=bits), bits, limits)
+    return within_expansion(replace(plan, bits=bits), limits)
 
 
 def _options_of(structure: Structure) -> Options:

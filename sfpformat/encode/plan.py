@@ -82,10 +82,7 @@ def plan_tensor(
     try:
         dense = plan_dense(raw, options, engine, workers or Workers()) if may_be_raw else None
         if dense is not None:
-            plan, bits = dense
-            return (
-                raw if bits >= flat.nbytes * 8 else within_expansion(replace(plan, bits=bits), bits, limits)
-            )
+            return raw if dense.bits >= raw.bits else within_expansion(dense, limits)
         planner = Planner(raw, options, engine, flat_mask(mask, array.shape), workers or Workers())
         found = planner.plan(importance)
         is_lossless = options.lossless
@@ -104,9 +101,9 @@ def plan_tensor(
     except OptionError as error:
         raise OptionError(f"tensor {name!r}: {error}") from None
     plan = replace(plan, bits=bits)
-    if may_be_raw and is_lossless and bits >= flat.nbytes * 8:
+    if may_be_raw and is_lossless and bits >= raw.bits:
         return raw
-    return within_expansion(plan, bits, limits)
+    return within_expansion(plan, limits)
 
 
 def _lossless_plan(
@@ -143,19 +140,18 @@ def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
     return found[1]
 
 
-def within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
+def within_expansion(plan: Plan, limits: Limits) -> Plan:
     """Returns the plan, with smaller chunks if the tensor would exceed ``limits.expansion``.
 
     A chunk has at least 64 bytes (SPEC.md 15.1), so that enough chunks keep any tensor within the limit.
 
     Args:
-        plan: the plan of the tensor.
-        bits: estimate of the bits of the plan.
+        plan: the plan of the tensor, with an estimate of its bits.
         limits: limits of readers.
     """
     entry = plan.entry
     least = -(-entry.decoded_bytes // max(limits.expansion, 1))
-    stored = max(bits // 8, CHUNK_ALIGNMENT * -(-entry.segments // entry.chunk))
+    stored = max(plan.bits // 8, CHUNK_ALIGNMENT * -(-entry.segments // entry.chunk))
     # The factor 2 is a margin for the error of the estimate.
     if entry.decoded_bytes <= limits.expansion_floor or stored >= 2 * least:
         return plan
