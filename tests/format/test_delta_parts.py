@@ -16,7 +16,7 @@ from sfp_conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 from sfp_conformance.slow_reader.delta import result_of
 
 import sfpformat
-from conformance.recipes.deltas.parts import between, split, structures_of
+from conformance.recipes.deltas.models import between, split, structures_of
 from sfpformat import (
     BaseMismatchError,
     ImportanceOptions,

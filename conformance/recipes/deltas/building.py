@@ -22,6 +22,7 @@ from sfp_conformance.slow_reader.delta import (
 )
 
 from ..encode import elements
+from ..suite import Edit
 
 Dense = Callable[[int, int], bool]  # number of levels and of elements of a bucket -> whether it is dense
 
@@ -212,3 +213,20 @@ def map_of(file: Forge) -> dict[str, Any]:
     """Returns the map `delta` of a file."""
     found: dict[str, Any] = file.root["delta"]
     return found
+
+
+def edit_of(key: str, change: Callable[[Any], Any]) -> Edit:
+    """Returns an edit that replaces the value of a key of the map `delta` by a function of it."""
+
+    def edit(file: Forge) -> None:
+        map_of(file)[key] = change(map_of(file)[key])
+
+    return edit
+
+
+def without_checksum(data: bytes, number: int) -> bytes:
+    """Returns a delta in which the checksum of the result's tensor is 0."""
+    file = Forge.of(data)
+    checksums = map_of(file)["checksums"]
+    map_of(file)["checksums"] = checksums[: 8 * number + 4] + bytes(4) + checksums[8 * number + 8 :]
+    return file.build()

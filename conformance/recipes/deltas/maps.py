@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from sfp_conformance.forge import Forge, raw_part
 
 from ..gallery import PLAIN
 from ..suite import Edit, Suite
-from .building import Pair, delta, map_of, sample
+from .building import Pair, delta, edit_of, map_of, sample
 
 
 def add(suite: Suite) -> None:
@@ -27,20 +26,11 @@ def add(suite: Suite) -> None:
 
 def _at_first(key: str, value: object) -> Edit:
     """Returns an edit that replaces the first element of a list of the map."""
-    return _changed(key, lambda old: [value, *old[1:]])
+    return edit_of(key, lambda old: [value, *old[1:]])
 
 
 def _edit(**values: Any) -> Edit:
     return lambda file: file.root["delta"].update(values)
-
-
-def _changed(key: str, change: Callable[[Any], Any]) -> Edit:
-    """Returns an edit that replaces the value of a key of the map by a function of it."""
-
-    def edit(file: Forge) -> None:
-        file.root["delta"][key] = change(file.root["delta"][key])
-
-    return edit
 
 
 def _maps(suite: Suite, whole: str) -> None:
@@ -77,7 +67,7 @@ def _maps(suite: Suite, whole: str) -> None:
         suite.invalid(
             f"DIR-003-delta-element-of-{key}", f"an element of `{key}` of the wrong type", whole, edit
         )
-    edit = _changed("shapes", lambda old: [["5"], *old[1:]])
+    edit = edit_of("shapes", lambda old: [["5"], *old[1:]])
     suite.invalid("DIR-003-delta-size", "a size that is a string", whole, edit, tensor="layers.0.weight")
     suite.invalid(
         "DIR-002-delta", "the feature without the map", whole, lambda file: file.root.pop("delta") and None
@@ -103,9 +93,9 @@ def _maps(suite: Suite, whole: str) -> None:
         "checksums": lambda old: old + bytes(8),
     }.items():
         suite.invalid(
-            f"DLT-001-{key}", f"`{key}` of another length than `names`", whole, _changed(key, change)
+            f"DLT-001-{key}", f"`{key}` of another length than `names`", whole, edit_of(key, change)
         )
-    cut = _changed("checksums", lambda old: old[:-1])
+    cut = edit_of("checksums", lambda old: old[:-1])
     suite.invalid("DLT-001-checksums-cut", "`checksums` of a part of eight bytes", whole, cut)
     _names(suite, whole)
     first: dict[str, tuple[str, str, Any]] = {
@@ -161,13 +151,13 @@ def _names(suite: Suite, whole: str) -> None:
         "DLT-016-first",
         "the first name shares a byte",
         whole,
-        _changed("shared", lambda old: b"\1" + old[1:]),
+        edit_of("shared", lambda old: b"\1" + old[1:]),
     )
     suite.invalid(
         "DLT-016-more",
         "more bytes than the name before has",
         whole,
-        _changed("shared", lambda old: bytes([0, 16]) + old[2:]),
+        edit_of("shared", lambda old: bytes([0, 16]) + old[2:]),
     )
     cut = named("é.0.weight", "\u00a9", sizes=bytes([0, 1]) + kept[2:])
     suite.invalid("DLT-016-character", "a cut inside a character", whole, cut)
@@ -201,7 +191,7 @@ def _pools(suite: Suite, whole: str) -> None:
         suite.invalid(f"DLT-006-{tensors}", words, whole, pool(0, tensors=tensors))
     suite.invalid("DLT-006-dtype", "a pool of a dtype without changed tensors", whole, pool(0, dtype="F16"))
     suite.invalid("DLT-006-none", "no pools", whole, _edit(pools=[]))
-    more = _changed("pools", lambda old: [*old, {**old[0], "tensors": 0}])
+    more = edit_of("pools", lambda old: [*old, {**old[0], "tensors": 0}])
     suite.invalid("DLT-006-empty", "a pool without tensors", whole, more)
     for key in ("counts", "gaps", "differences"):
         name = f"{key} 0"
