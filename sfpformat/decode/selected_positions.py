@@ -16,14 +16,11 @@ from .selection import Selection
 def decode_selection(
     decoding: Decoding, entry: TensorEntry, selection: Selection, dtype: np.dtype[Any], into: Into
 ) -> NDArray[Any]:
-    """Decodes the selected positions of a tensor, whose size the caller has checked.
+    """Implements `SfpFile.decode` for a tensor whose size the caller has checked.
 
     Args:
         decoding: decodes the chunks of the file.
-        entry: the tensor's entry.
-        selection: the positions; its shape is the shape of the result.
-        dtype: the dtype of the result.
-        into: the `..._into` method of `TensorDecoder` that decodes a run of segments.
+        entry, selection, dtype, into: same as for `SfpFile.decode`.
 
     Raises:
         InvalidFileError: the file is damaged.

@@ -41,13 +41,15 @@ def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:
     limits.require_written("name_bytes", len(name.encode()), f"tensor {quoted(name)}")
 
 
-def checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dict[str, object]:
-    """Checks the additional keys of an entry, and returns a copy.
+def checked_keys(name: str, other: Mapping[str, object] | None, limits: Limits) -> dict[str, object]:
+    """Checks the additional keys of an entry, and returns a copy. None: there are none.
 
     Raises:
         OptionError: a name does not begin with ``x-``, or a value has a type that the directory does not
             support or is nested too deep.
     """
+    if other is None:
+        return {}
     require_mapping(other, f"extra keys of {quoted(name)}")
     keys = dict(other)
     if not keys:

@@ -41,7 +41,7 @@ class _Unfinished(NamedTuple):
 
 
 def has_room(size: int, unfinished: Iterable[int], threads: int) -> bool:
-    """Whether work on a tensor can begin before the unfinished ones are finished.
+    """Returns whether work on a tensor can begin before the unfinished ones are finished.
 
     Args:
         size: size of the tensor in bytes.

@@ -14,56 +14,36 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
 from ..coding.mask import Mask
-from ..container.delta_map import FEATURE, DeltaMap
-from ..container.delta_parts import PARTS_FEATURE
-from ..container.directory import Directory
-from ..container.entry import CHUNK_RECORD, TensorEntry
-from ..container.messagepack import depth_of
-from ..container.preamble import SIZE, Preamble
+from ..container.delta_map import DeltaMap
+from ..container.entry import TensorEntry
 from ..dtypes import Dtype
 from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, OptionError, SfpError
-from ..io.checksum import crc32
 from ..io.threads import Workers, default_threads
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
 from ..options import Options, require_options
-from .arguments import Given, checked_keys, checked_metadata, require_arrays, require_name
+from .arguments import Given, checked_keys, require_arrays, require_name
+from .assembly import Assembly, Encoded
 from .chunks import Chunk, chunk_jobs, encode_chunk, encode_vectors
 from .number_sequences import plan_numbers
 from .pipeline import Pipeline
 from .plan import plan_tensor
-from .planner import Importance
-from .resume import ResumableSink
-from .sink import Target, open_sink
+from .planner import Importance, Plan
+from .sink import Target
 
 if TYPE_CHECKING:
     from ..decode.parts import Parts
 
-_DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
 # Larger tensors, in bytes, are encoded while they are written, so that their chunks do not wait in memory.
 _ENCODED_WHOLE = 1 << 24
-
-
-class _Encoded(NamedTuple):
-    """A tensor that is ready to be written.
-
-    Attributes:
-        entry: its entry, without the chunk records.
-        vectors: its vector chunk, or None.
-        chunks: its chunks; a large tensor encodes them while they are iterated.
-    """
-
-    entry: TensorEntry
-    vectors: Chunk | None
-    chunks: Iterable[Chunk]
 
 
 class Writer:
@@ -104,22 +84,14 @@ class Writer:
             LockedFileError: with ``resume_key``, another process is writing the target.
             OSError: the temporary file cannot be created.
         """
-        self._metadata = checked_metadata(metadata or {})
         self._limits = limits
-        self._directory_bytes = sum(len(f"{key}{value}".encode()) for key, value in self._metadata.items())
         self._engine_name, self._engine = engine, get_engine(engine, weights)
         self._weights, self._chosen_for = 0, weights
         self._workers = Workers(threads or default_threads())
         self._pipeline = Pipeline(self._workers)
-        self._require_room("the metadata")
-        self._sink = open_sink(target, resume_key, limits)
-        self._entries: dict[str, TensorEntry] = {}
-        if isinstance(self._sink, ResumableSink):
-            self._entries = {entry.name: entry for entry in self._sink.entries}
+        self._file = Assembly(target, metadata, resume_key, limits)
         self._later: set[str] = set()  # names of the tensors that are added, but not written yet
-        self._delta: DeltaMap | None = None
         self._open = True
-        self._whole = True  # False while a tensor is partly written, and after one of `add_later` failed
 
     def __enter__(self) -> Writer:
         return self
@@ -142,7 +114,7 @@ class Writer:
 
         Without those of `add_later` that are not written yet.
         """
-        return tuple(self._entries)
+        return tuple(self._file.entries)
 
     def add(
         self,
@@ -181,7 +153,7 @@ class Writer:
         given = Given(np.asanyarray(array), mask, importance)
         options, keys = self._checked(name, given, options, other)
         engine = self._engine_for(given.array.size)
-        return self._write(self._encoded(name, given, options, keys, engine, whole=False))
+        return self._file.write(self._encoded(name, given, options, keys, engine, whole=False))
 
     def add_later(
         self,
@@ -244,7 +216,7 @@ class Writer:
         """
         try:
             self._require_addable(name, 0, 0)
-            keys = checked_keys(name, {} if other is None else other, self._limits)
+            keys = checked_keys(name, other, self._limits)
         except SfpError:
             self.flush()
             raise
@@ -263,14 +235,14 @@ class Writer:
         """Passes a checked tensor to the pipeline. See `add_read` for the arguments."""
         engine = self._engine_for(weights)
 
-        def work() -> _Encoded:
+        def work() -> Encoded:
             given = read()
-            self._require_size(name, given.array.ndim, given.array.nbytes)
+            self._file.require_size(name, given.array.ndim, given.array.nbytes)
             return self._encoded(name, given, options, keys, engine, whole=nbytes <= _ENCODED_WHOLE)
 
-        def finish(encoded: _Encoded) -> None:
+        def finish(encoded: Encoded) -> None:
             self._later.discard(name)
-            entry = self._write(encoded)
+            entry = self._file.write(encoded)
             if done is not None:
                 done(entry)
 
@@ -291,7 +263,7 @@ class Writer:
         try:
             step()
         except BaseException:
-            self._whole = False
+            self._file.is_whole = False
             self._pipeline.drop()
             raise
 
@@ -316,8 +288,7 @@ class Writer:
         self._require_addable(name, len(shape), len(numbers) * dtype.itemsize)
         engine = self._engine_for(len(numbers))
         plan = plan_numbers(name, numbers, dtype, shape, engine, self._workers)
-        chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
-        return self._write(_Encoded(plan.entry, None, chunks))
+        return self._file.write(self._encoded_plan(plan, {}, engine))
 
     def add_parts(self, name: str, parts: Parts, *, other: Mapping[str, object] | None = None) -> TensorEntry:
         """Encodes and writes a tensor whose mask, levels, importance and vectors are given.
@@ -337,17 +308,14 @@ class Writer:
         self.flush()
         nbytes = parts.weights.size * parts.structure.dtype.itemsize
         self._require_addable(name, len(parts.shape), nbytes)
-        keys = checked_keys(name, {} if other is None else other, self._limits)
+        keys = checked_keys(name, other, self._limits)
         engine = self._engine_for(parts.weights.size)
         plan = plan_parts(name, parts, engine, self._limits, self._workers)
-        entry = replace(plan.entry, other=keys) if keys else plan.entry
-        self._require_depth(entry)
-        chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
-        return self._write(_Encoded(entry, encode_vectors(plan), chunks))
+        return self._file.write(self._encoded_plan(plan, keys, engine))
 
     def set_delta(self, delta: DeltaMap) -> None:
         """Makes the file a delta. The map must describe the tensors that the file has when it is closed."""
-        self._delta = delta
+        self._file.delta = delta
 
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
         """Copies an encoded tensor from another file without encoding it again.
@@ -370,9 +338,9 @@ class Writer:
         self._require_addable(entry.name, len(entry.shape), entry.decoded_bytes)
         what = f"tensor {quoted(entry.name)}"
         self._limits.require_written_tensor(entry.decoded_bytes, entry.stored_bytes, what)
-        self._require_depth(entry)
+        self._file.require_depth(entry)
         copied = None if vectors is None else Chunk.of([vectors])
-        return self._write(_Encoded(entry, copied, (Chunk.of([chunk]) for chunk in chunks)))
+        return self._file.write(Encoded(entry, copied, (Chunk.of([chunk]) for chunk in chunks)))
 
     def _encoded(
         self,
@@ -383,33 +351,20 @@ class Writer:
         engine: Engine,
         *,
         whole: bool,
-    ) -> _Encoded:
+    ) -> Encoded:
         """Plans a tensor, and encodes it if ``whole`` is true; else threads encode a few chunks ahead."""
         plan = plan_tensor(
             name, given.array, options, engine, given.mask, given.importance, self._limits, self._workers
         )
-        entry = replace(plan.entry, other=keys) if keys else plan.entry
-        self._require_depth(entry)
-        chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
-        return _Encoded(entry, encode_vectors(plan), list(chunks) if whole else chunks)
+        encoded = self._encoded_plan(plan, keys, engine)
+        return encoded._replace(chunks=list(encoded.chunks)) if whole else encoded
 
-    def _write(self, encoded: _Encoded) -> TensorEntry:
-        """Writes the chunks of a tensor, and adds its entry with the chunk records."""
-        self._whole, entry = False, encoded.entry
-        vector_record = None if encoded.vectors is None else self._append(encoded.vectors)
-        records = [self._append(chunk) for chunk in encoded.chunks]
-        chunk_records = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
-        entry = replace(entry, chunks=chunk_records, vectors=vector_record)
-        entry.require_valid()
-        what = f"tensor {quoted(entry.name)}"
-        self._limits.require_written_tensor(entry.decoded_bytes, entry.stored_bytes, what)
-        # Names and chunk records are most of the directory, so that their sum detects excess early.
-        self._directory_bytes += len(entry.name.encode()) + chunk_records.nbytes
-        self._require_room(what)
-        self._entries[entry.name] = entry
-        self._sink.tensor_done(entry)
-        self._whole = True
-        return entry
+    def _encoded_plan(self, plan: Plan, keys: dict[str, object], engine: Engine) -> Encoded:
+        """Returns a planned tensor. Its chunks are encoded while they are iterated."""
+        entry = replace(plan.entry, other=keys) if keys else plan.entry
+        self._file.require_depth(entry)
+        chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
+        return Encoded(entry, encode_vectors(plan), chunks)
 
     def _checked(
         self, name: str, given: Given, options: Options | None, other: Mapping[str, object] | None
@@ -418,7 +373,7 @@ class Writer:
         self._require_addable(name, given.array.ndim, given.array.nbytes)
         options = require_options(options, f"the options of {name!r}")
         require_arrays(name, given.mask, given.importance)
-        return options, checked_keys(name, {} if other is None else other, self._limits)
+        return options, checked_keys(name, other, self._limits)
 
     def _require_addable(self, name: str, rank: int, decoded: int) -> None:
         """Checks that a tensor can be added. Called before any of it is written.
@@ -430,27 +385,11 @@ class Writer:
         """
         self._require_usable()
         require_name(name, self._limits)
-        if name in self._entries or name in self._later:
+        if name in self._file.entries or name in self._later:
             raise OptionError(f"tensor {quoted(name)} was already written")
-        tensors = len(self._entries) + len(self._later) + 1
+        tensors = len(self._file.entries) + len(self._later) + 1
         self._limits.require_written("tensors", tensors, f"tensor {quoted(name)}")
-        self._require_size(name, rank, decoded)
-
-    def _require_size(self, name: str, rank: int, decoded: int) -> None:
-        """Raises `OptionError` if a tensor's rank, or its size in bytes, exceeds the limits."""
-        what = f"tensor {quoted(name)}"
-        self._limits.require_written("rank", rank, what)
-        self._limits.require_written("tensor_bytes", decoded, what)
-
-    def _require_depth(self, entry: TensorEntry) -> None:
-        """Raises `OptionError` if an entry is nested deeper than the limits allow."""
-        if entry.other or self._limits.depth < DEFAULT_LIMITS.depth:  # other entries never exceed the default
-            depth = _DEPTH_OF_ENTRIES + depth_of(entry.to_map())
-            self._limits.require_written("depth", depth, f"tensor {quoted(entry.name)}")
-
-    def _require_room(self, what: str) -> None:
-        """Raises `OptionError` if the directory is larger than the limits allow."""
-        self._limits.require_written("directory_bytes", self._directory_bytes, what)
+        self._file.require_size(name, rank, decoded)
 
     def _engine_for(self, weights: int) -> Engine:
         """Returns the engine for a tensor. Chooses again if the number of weights has more than doubled."""
@@ -463,16 +402,10 @@ class Writer:
     def _require_usable(self) -> None:
         if not self._open:
             raise ClosedFileError("the writer is closed")
-        if not self._whole:
+        if not self._file.is_whole:
             raise SfpError(
                 "an earlier tensor was only partly written, so the file cannot be completed; write it again"
             )
-
-    def _append(self, chunk: Chunk) -> NDArray[np.void]:
-        """Writes a chunk and returns its record, shape [1]."""
-        for part in chunk.parts:
-            self._sink.append(part.data)
-        return chunk.record
 
     def close(self) -> None:
         """Writes the directory and completes the file. Does nothing if the writer is closed.
@@ -488,16 +421,7 @@ class Writer:
             self.flush()
             self._require_usable()
             self._workers.stop()
-            features: tuple[str, ...] = () if self._delta is None else (FEATURE,)
-            if self._delta is not None and self._delta.separator is not None:
-                features = (FEATURE, PARTS_FEATURE)
-            directory = Directory(self._entries, self._metadata, features, delta=self._delta)
-            offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
-            data = directory.to_bytes()
-            self._limits.require_written("directory_bytes", len(data), "the file")
-            preamble = Preamble(offset, len(data), offset + len(data), crc32(data))
-            self._sink.append(data)
-            self._sink.commit(preamble.to_bytes())
+            self._file.finish()
         except BaseException as error:
             self.abort(keep=isinstance(error, KeyboardInterrupt))
             raise
@@ -509,4 +433,4 @@ class Writer:
             self._open = False
             self._pipeline.drop()
             self._workers.stop()
-            self._sink.abort(keep)
+            self._file.abort(keep)

@@ -1177,28 +1177,37 @@ static bool read_scale(const directory *d, const value *map, entry *e)
     return true;
 }
 
-/* Reads and checks the map `importance` (chapter 13). */
-static bool read_importance(const directory *d, const value *map, entry *e)
+/* Reads and checks the keys `over` and `role` of an importance (chapter 13). */
+static bool read_over_and_role(const directory *d, const stream_map *m, entry *e)
 {
     static const char *const forms[] = {"survivors", "all", "factors"};
     static const sfp_importance told[] = {SFP_OVER_SURVIVORS, SFP_OVER_ALL, SFP_FACTORS};
     static const char *const roles[] = {"multiplier", "metadata"};
-    stream_map m;
-    read_stream_map(d, map, &m);
-    if (!require(d, &m.over, STRING) || !require(d, &m.role, STRING)) {
+    if (!require(d, &m->over, STRING) || !require(d, &m->role, STRING)) {
         return false;
     }
-    size_t form = word_of(d, &m.over, forms, 3);
-    size_t role = word_of(d, &m.role, roles, 2);
+    size_t form = word_of(d, &m->over, forms, 3);
+    size_t role = word_of(d, &m->role, roles, 2);
     if (form == 3) {
-        return refuse_at(d, R_IMP_001, m.over.at, "an unknown word for over");
+        return refuse_at(d, R_IMP_001, m->over.at, "an unknown word for over");
     }
     if (role == 2) {
-        return refuse_at(d, R_IMP_002, m.role.at, "an unknown role");
+        return refuse_at(d, R_IMP_002, m->role.at, "an unknown role");
     }
     e->told.importance = told[form];
     e->told.multiplier = role == 0;
-    if (told[form] != SFP_FACTORS) {
+    return true;
+}
+
+/* Reads and checks the map `importance` (chapter 13). */
+static bool read_importance(const directory *d, const value *map, entry *e)
+{
+    stream_map m;
+    read_stream_map(d, map, &m);
+    if (!read_over_and_role(d, &m, e)) {
+        return false;
+    }
+    if (e->told.importance != SFP_FACTORS) {
         return read_quantised(d, &m, NULL, &e->streams[IMPORTANCE_STREAM]);
     }
     if (!require(d, &m.dtype, STRING)) {
@@ -2170,26 +2179,14 @@ static bool read_part_quantiser(const directory *d, const stream_map *m, stream 
 /* Reads the importance of a structure (28.4). */
 static bool read_part_importance(const directory *d, const value *map, entry *e)
 {
-    static const char *const forms[] = {"survivors", "all", "factors"};
-    static const sfp_importance told[] = {SFP_OVER_SURVIVORS, SFP_OVER_ALL, SFP_FACTORS};
-    static const char *const roles[] = {"multiplier", "metadata"};
     stream_map m;
     read_stream_map(d, map, &m);
-    if (!require(d, &m.over, STRING) || !require(d, &m.role, STRING)) {
+    if (!read_over_and_role(d, &m, e)) {
         return false;
     }
-    size_t form = word_of(d, &m.over, forms, 3), role = word_of(d, &m.role, roles, 2);
-    if (form == 3) {
-        return refuse_at(d, R_IMP_001, m.over.at, "an unknown word for over");
-    }
-    if (role == 2) {
-        return refuse_at(d, R_IMP_002, m.role.at, "an unknown role");
-    }
-    e->told.importance = told[form];
-    e->told.multiplier = role == 0;
     stream *s = &e->streams[IMPORTANCE_STREAM];
     const value *others[] = {&m.quantiser, &m.count}, *type[] = {&m.dtype};
-    bool factors = told[form] == SFP_FACTORS;
+    bool factors = e->told.importance == SFP_FACTORS;
     if (factors ? !absent(d, others, 2) : !read_part_quantiser(d, &m, s)) {
         return false;
     }
