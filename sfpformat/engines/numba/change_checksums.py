@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...coding.changes import ElementKind, Extent, Patterns
 from ...io import checksum
-from .comparing import COMPARED, differing, key_of, masks_of
+from .comparing import COMPARED, differing, first_start, key_of, masks_of
 from .compiling import Int, kernel
 from .unaligned import prefetch, trailing_zeros
 
@@ -112,12 +112,11 @@ def _compare(
     changed, sum_, group = 0, np.uint32(0), 0
     first, last = np.int64(1 << 16), np.int64(-1)
     before = -len(base) * width & (_GROUP - 1)  # bytes of the first group that lie before the elements
-    # The first comparison is of fewer elements, so that no other one has elements of two groups.
-    head = len(base) % COMPARED
-    for start in range(head - COMPARED if head else 0, len(base), COMPARED):
+    # The last comparison ends with the last group, so that none has elements of two groups.
+    for start in range(first_start(len(base)), len(base), COMPARED):
         if start < 0:
             mask = np.uint64(0)
-            for i in range(head):
+            for i in range(start + COMPARED):
                 mask |= np.uint64(base[i] != new[i]) << np.uint64(i - start)
         else:
             mask = differing(base, new, start)

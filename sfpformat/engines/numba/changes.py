@@ -14,7 +14,7 @@ from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from ...coding.changes import NEVER, Bucket, Changes, ElementKind, Extent, Patterns
-from .comparing import COMPARED, Masks, inside, key_of, masks_of
+from .comparing import COMPARED, Masks, first_start, inside, key_of, masks_of
 from .compiling import inlined_kernel, kernel
 from .unaligned import count_ones, prefetch, trailing_zeros
 
@@ -67,7 +67,7 @@ def place_changes(
 ) -> int:
     """Implements `coding.changes.place_changes`."""
     is_float = kind.exponent_bits != 0
-    return int(_place(base, kind.shift, kind.bits, is_float, *buckets, gaps, levels, positions, values))
+    return int(_place(base, kind.shift, kind.bits, is_float, buckets, gaps, levels, positions, values))
 
 
 @register_jitable
@@ -82,8 +82,10 @@ def _chosen(
 ) -> np.uint64:
     """Returns the mask of the elements among 64 that the kernels look at: those with keys of a range.
 
-    All of them for integers, and if many have such keys.
+    All of them for integers, and if many have such keys. All that exist if ``start`` is negative.
     """
+    if start < 0:
+        return ~np.uint64(0) << np.uint64(-start)
     if not is_float:
         return ~np.uint64(0)
     size = np.uint64(last - first + 1) << np.uint64(shift)
@@ -148,11 +150,8 @@ def _find(
         The number of changes of this part and those before, ``found``. Stores those that have room.
     """
     masks = masks_of(bits, is_float)
-    head = len(base) % COMPARED
-    for i in range(head):
-        found = _count(base, new, i, shift, masks, is_float, elements, keys, ranks, levels, found)
     width = bits >> 3
-    for start in range(head, len(base), COMPARED):
+    for start in range(first_start(len(base)), len(base), COMPARED):
         # Few elements of this array are read, too irregularly for the processor to read ahead.
         prefetch(new, (start + _AHEAD) * width)
         prefetch(new, (start + _AHEAD) * width + 64)
@@ -175,11 +174,7 @@ def _step(
     shift: Int,
     masks: Masks,
     is_float: bool,
-    left: NDArray[np.int64],
-    gap: NDArray[np.int64],
-    level: NDArray[np.int64],
-    last: NDArray[np.int64],
-    dense: NDArray[np.uint8],
+    buckets: Bucket,
     gaps: NDArray[np.uint32],
     levels: Patterns,
     positions: NDArray[np.uint32],
@@ -192,6 +187,7 @@ def _step(
         The number of placed changes, or -1 if a dense bucket has no level left.
     """
     top, low, full, flip = masks
+    left, gap, level, last, dense = buckets
     old = np.uint64(base[i])
     key = key_of(old, low, shift, is_float)
     rest = left[key] - 1
@@ -220,11 +216,7 @@ def _place(
     shift: Int,
     bits: Int,
     is_float: bool,
-    left: NDArray[np.int64],
-    gap: NDArray[np.int64],
-    level: NDArray[np.int64],
-    last: NDArray[np.int64],
-    dense: NDArray[np.uint8],
+    buckets: Bucket,
     gaps: NDArray[np.uint32],
     levels: Patterns,
     positions: NDArray[np.uint32],
@@ -233,55 +225,18 @@ def _place(
     """Places the changes of a part."""
     masks = masks_of(bits, is_float)
     found: Int = 0
-    low_key, high_key = len(level), -1
-    for key in range(len(level)):
-        if level[key] < last[key] or dense[key]:
+    low_key, high_key = len(buckets.level), -1
+    for key in range(len(buckets.level)):
+        if buckets.level[key] < buckets.last[key] or buckets.dense[key]:
             low_key, high_key = min(low_key, key), key
     if high_key < 0:
         return 0
-    head = len(base) % COMPARED
-    for i in range(head):
-        found = _step(
-            base,
-            i,
-            shift,
-            masks,
-            is_float,
-            left,
-            gap,
-            level,
-            last,
-            dense,
-            gaps,
-            levels,
-            positions,
-            values,
-            found,
-        )
-        if found < 0:
-            return -1
-    for start in range(head, len(base), COMPARED):
+    for start in range(first_start(len(base)), len(base), COMPARED):
         mask = _chosen(base, start, masks[1], shift, is_float, low_key, high_key)
         while mask:
             at = start + np.int64(trailing_zeros(mask))
             mask &= mask - np.uint64(1)
-            found = _step(
-                base,
-                at,
-                shift,
-                masks,
-                is_float,
-                left,
-                gap,
-                level,
-                last,
-                dense,
-                gaps,
-                levels,
-                positions,
-                values,
-                found,
-            )
+            found = _step(base, at, shift, masks, is_float, buckets, gaps, levels, positions, values, found)
             if found < 0:
                 return -1
     return found

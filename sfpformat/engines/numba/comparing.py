@@ -72,6 +72,16 @@ def _inside(typing_context: Any, array: Any, start: Any, low: Any, first: Any, s
 
 
 @register_jitable
+def first_start(size: Int) -> Int:
+    """Returns the start of the first comparison of an array of ``size`` elements; the last one ends with it.
+
+    Negative if the size is no multiple of `COMPARED`: the first comparison is then of fewer elements, and
+    the caller makes it without `differing` and `inside`.
+    """
+    return -(-size % COMPARED)
+
+
+@register_jitable
 def differing(first: NDArray[Any], second: NDArray[Any], start: Int) -> np.uint64:
     """Returns the mask of the 64 elements from ``start`` on that differ between arrays of one dtype."""
     require_inside(first, start * first.itemsize, COMPARED * first.itemsize)
