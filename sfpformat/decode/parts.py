@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ..coding.changes import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import Levels
 from ..coding.quantisers import (
@@ -25,8 +26,6 @@ from ..dtypes import Dtype
 from ..errors import FileFault, fault
 from .reader import SfpFile, require_within_limits
 from .tensor import TensorDecoder, Values, require_valid_vectors, scale_index
-
-Patterns = NDArray[np.unsignedinteger]
 
 # A part of a number quantiser has the pattern of the number plus 1, which is below the sign.
 MAX_PART_NUMBER = (1 << 31) - 2

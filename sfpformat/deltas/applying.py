@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from ..coding.changes import Patterns, kind_of
 from ..container.delta_map import DeltaMap, DeltaTensor
-from ..dtypes import of_numpy
+from ..dtypes import Dtype, of_numpy
 from ..errors import FileFault, MismatchError, placed
 from ..io.checksum import combined, crc32
 from ..io.source import Readable
 from ..io.threads import for_each
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
-from .checksums import PART, checksum_of
-from .journal import Journal
+from .checksums import checksum_of
+from .journal import Journal, write_elements
 from .reading import Delta, Found, Part, PoolChanges
 from .tensors import Array, ArrayTensors, patterns_of
 
@@ -106,7 +106,7 @@ def _views_of(target: Mapping[str, Array], map_: DeltaMap) -> dict[str, Patterns
             continue
         if tensor.kind == "changed" or stays_in_place(tensor, array):
             require_changeable(tensor.name, array, tensor)
-            out[tensor.name] = array.reshape(-1).view(kind_of(tensor.dtype).pattern)
+            out[tensor.name] = memory_patterns(array, tensor.dtype)
         else:
             dtype = of_numpy(array.dtype)
             assert dtype is not None
@@ -117,6 +117,11 @@ def _views_of(target: Mapping[str, Array], map_: DeltaMap) -> dict[str, Patterns
 def stays_in_place(tensor: DeltaTensor, array: Array) -> bool:
     """Returns whether a replaced tensor is written into the array of the base."""
     return tensor.kind == "replaced" and (array.dtype, array.shape) == (tensor.dtype.numpy, tensor.shape)
+
+
+def memory_patterns(array: Array, dtype: Dtype) -> Patterns:
+    """Returns the patterns of an array that can be changed in place, in its memory."""
+    return array.reshape(-1).view(kind_of(dtype).pattern)
 
 
 def require_changeable(name: str, array: Array, tensor: DeltaTensor) -> None:
@@ -207,19 +212,13 @@ class Change:
             self._check_block(number, pool, index, checked[index])
 
         for_each(block, range(pool.blocks), self._threads_for(pool))
-        bases, results = [0] * len(pool.members), [0] * len(pool.members)
-        for one in checked:
-            for part, base in zip(one.parts, one.bases, strict=True):
-                size = (part.stop - part.start) * pool.kind.bits // 8
-                bases[part.member] = combined(bases[part.member], base, size)
+        bases = _of_members(pool, ((one.parts, one.bases) for one in checked))
         for member, base in zip(pool.members, bases, strict=True):
             self._delta.require_checksum(member, base)
         for one in checked:
             if one.fault is not None:
                 raise one.fault
-            for part, result in zip(one.parts, one.results, strict=True):
-                size = (part.stop - part.start) * pool.kind.bits // 8
-                results[part.member] = combined(results[part.member], result, size)
+        results = _of_members(pool, ((one.parts, one.results) for one in checked))
         for member, result in zip(pool.members, results, strict=True):
             self._delta.require_result(member, result)
 
@@ -290,7 +289,7 @@ class Change:
                 found = pool.find(index, base, self._delta.engine)
                 for part, view, changes in zip(parts, base, found, strict=True):
                     journal.keep(pool.members[part.member].name, view, changes.positions)
-                    _write(view, changes)
+                    write_elements(view, *changes)
 
             blocks = [index for index in range(pool.blocks) if (number, index) not in self._found]
             for_each(block, blocks, self._threads_for(pool))
@@ -321,17 +320,20 @@ class Change:
                 parts, found = pool.parts(index), self._found[number, index]
                 for part, view, changes in zip(parts, self._parts(pool, parts), found, strict=True):
                     if owned[part.member]:
-                        _write(view, changes)
+                        write_elements(view, *changes)
 
             blocks = [index for index in range(pool.blocks) if (number, index) in self._found]
             for_each(block, blocks, self._threads_for(pool))
 
 
-def _write(view: Patterns, changes: Found) -> None:
-    """Writes changed elements. numpy copies the positions as int64, so this writes a few at a time."""
-    for start in range(0, len(changes.positions), PART // 8):
-        some = slice(start, start + PART // 8)
-        view[changes.positions[some]] = changes.values[some]
+def _of_members(pool: PoolChanges, blocks: Iterable[tuple[list[Part], list[int]]]) -> list[int]:
+    """Returns the CRC-32 of each tensor of a pool, given the parts of all blocks and their CRC-32."""
+    out = [0] * len(pool.members)
+    for parts, checksums in blocks:
+        for part, crc in zip(parts, checksums, strict=True):
+            size = (part.stop - part.start) * pool.kind.bits // 8
+            out[part.member] = combined(out[part.member], crc, size)
+    return out
 
 
 def _address(view: NDArray[np.generic]) -> int:

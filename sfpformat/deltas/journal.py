@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,18 @@ from .checksums import PART
 
 # Bytes of old elements that are kept in memory. More go to a temporary file.
 _IN_MEMORY = 4 << 20
+
+
+def _few(positions: NDArray[np.uint32]) -> Iterator[slice]:
+    """Yields slices of a few positions each: numpy copies the positions that it is given, as int64."""
+    for start in range(0, len(positions), PART // 8):
+        yield slice(start, start + PART // 8)
+
+
+def write_elements(view: Patterns, positions: NDArray[np.uint32], values: Patterns) -> None:
+    """Writes elements at positions, without a copy of all positions."""
+    for some in _few(positions):
+        view[positions[some]] = values[some]
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,15 @@ class Journal(Closing):
     """Keeps old elements of arrays. A context manager, which forgets them at its end. Thread-safe."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 (`close` closes it)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY))
+            self._stack = stack.pop_all()  # `close` closes the file
         self._records: list[_Record] = []
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Forgets all elements."""
-        self._file.close()
+        self._stack.close()
 
     def keep(self, name: str, view: Patterns, positions: NDArray[np.uint32] | None = None) -> None:
         """Keeps elements that the caller changes next.
@@ -69,8 +85,8 @@ class Journal(Closing):
                 self._write(view)
             else:
                 self._write(positions)
-                for start in range(0, len(positions), PART // 8):  # numpy copies the positions as int64
-                    self._write(view[positions[start : start + PART // 8]])
+                for some in _few(positions):
+                    self._write(view[positions[some]])
             count = None if positions is None else len(positions)
             self._records.append(_Record(name, view, offset, count))
 
@@ -107,9 +123,7 @@ class Journal(Closing):
         positions, old = np.empty(record.count, np.uint32), np.empty(record.count, record.view.dtype)
         self._read_into(positions)
         self._read_into(old)
-        for start in range(0, len(positions), PART // 8):
-            part = slice(start, start + PART // 8)
-            record.view[positions[part]] = old[part]
+        write_elements(record.view, positions, old)
 
     def _read_into(self, out: NDArray[np.unsignedinteger]) -> None:
         """Reads all elements of an array, in parts."""

@@ -96,7 +96,7 @@ class PoolChanges:
         for name, size in sizes.items():
             if file.entry(name).positions != size:
                 words = f"it has {file.entry(name).positions} numbers, but the counts need {size}"
-                raise fault("R-DLT-010", words, tensor=name, offset=file.preamble.directory_offset)
+                raise fault("R-DLT-010", words, tensor=name, offset=self.offset)
         self._window: _Window | None = None
         self._lock = threading.Lock()
 

@@ -335,18 +335,18 @@ class DeltaFile(Closing):
         Raises:
             MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
         """
-        tensor, dtype = self._tensor(name), self.specs[self._tensor(name).name].dtype
+        tensor = self._tensor(name)
         if tensor.structure is not None:
             values, changed = self.get_tensor(name).reshape(-1), self.get_slice(name).get_changed()
             positions = np.flatnonzero(changed)
             return positions, values[positions]
         array, changes = self._whole(tensor)
-        new = patterns_of(array, dtype)
+        new = patterns_of(array, tensor.dtype)
         positions = np.arange(len(new) if tensor.kind in ("replaced", "added") else 0)
         if changes:
             positions = np.concatenate([found.positions.astype(np.int64) + start for start, found in changes])
         values = new[positions]
-        number = dtype.numpy
+        number = tensor.dtype.numpy
         if number.kind == "c":
             number = np.dtype(f"<f{new.itemsize}")
         return positions, values.view(number)

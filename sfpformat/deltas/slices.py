@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.changes import Patterns, from_levels, keys_of, kind_of
+from ..coding.changes import Patterns, from_levels, keys_of
 from ..container.delta_map import DeltaMap, DeltaTensor
 from ..decode.selection import select
 from ..dtypes import DTYPES, of_numpy
 from ..errors import MismatchError, OptionError, ProcessError, fault
 from ..io.checksum import combined, crc32
 from ..names import listed, quoted
-from .applying import require_changeable, uninterrupted
+from .applying import memory_patterns, require_changeable, uninterrupted
 from .reading import Delta, PoolChanges
 from .tensors import Array, Spec, patterns_of, selected
 
@@ -146,8 +146,9 @@ class _SlicedChange:
 
     def apply(self) -> None:
         """Makes all changes. `check` has succeeded."""
+        tensors = {tensor.name: tensor for tensor in self._delta.map.tensors}
         for name, changes in self._found.items():
-            view = _view_of(self._slices[name].array)
+            view = memory_patterns(self._slices[name].array, tensors[name].dtype)
             for positions, values in changes:
                 view[positions] = values
         for name, array in self._stored.items():
@@ -262,7 +263,7 @@ class _SlicedChange:
     def _find(self, pool: PoolChanges, block: int, views: Mapping[str, Patterns]) -> None:
         """Finds the changes of the own elements of a block. All processes call this for all blocks."""
         pieces = self._pieces(pool, block)
-        number = len(pieces.size)
+        number = max(len(pieces.size), 1)
         own = np.flatnonzero(pieces.own)
         sizes = pieces.size[own]
         flat = [
@@ -273,10 +274,10 @@ class _SlicedChange:
         ]
         elements = np.concatenate([np.zeros(0, pool.kind.pattern), *flat])
         # Groups of own elements: by key, then by piece, then by position.
-        groups = keys_of(elements, pool.kind).astype(np.int64) * max(number, 1) + np.repeat(own, sizes)
+        groups = keys_of(elements, pool.kind).astype(np.int64) * number + np.repeat(own, sizes)
         order = np.argsort(groups, kind="stable")
         ids, counts = _run_lengths(groups[order])
-        counted = pieces.owner[ids % max(number, 1)] == self._rank if number else np.zeros(0, np.bool_)
+        counted = pieces.owner[ids % number] == self._rank
         coded: list[tuple[NDArray[np.int64], NDArray[np.int64], Patterns]] = []
 
         def read() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -288,7 +289,7 @@ class _SlicedChange:
         ascending = np.argsort(all_ids, kind="stable")
         all_ids = all_ids[ascending]
         all_counts = np.concatenate([one for _, one in received])[ascending]
-        keys = all_ids // max(number, 1)
+        keys = all_ids // number
         of_key = np.bincount(keys, all_counts, pool.kind.keys).astype(np.int64)
         before = np.cumsum(all_counts) - all_counts - (np.cumsum(of_key) - of_key)[keys]
         key, rank, levels = coded[0]
@@ -298,7 +299,7 @@ class _SlicedChange:
         first = np.cumsum(counts) - counts
         inside = np.arange(len(order)) - np.repeat(first, counts)
         ranks = np.repeat(before[np.searchsorted(all_ids, ids)], counts) + inside
-        mine = (np.repeat(ids // max(number, 1), counts) << _RANK_BITS) | ranks  # ascending
+        mine = (np.repeat(ids // number, counts) << _RANK_BITS) | ranks  # ascending
         wanted = (key << _RANK_BITS) | rank
         at = np.searchsorted(mine, wanted)
         hit = at < len(mine)
@@ -349,12 +350,6 @@ def _run_lengths(ascending: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArr
     """Returns the different values of an ascending array, and how often each occurs."""
     starts = np.flatnonzero(np.diff(ascending, prepend=-1))
     return ascending[starts], np.diff(starts, append=len(ascending))
-
-
-def _view_of(array: Array) -> Patterns:
-    dtype = of_numpy(array.dtype)
-    assert dtype is not None
-    return array.reshape(-1).view(kind_of(dtype).pattern)
 
 
 def _boxes_of(layouts: list[tuple[tuple[int, int], dict[str, tuple[Any, ...]]]]) -> dict[str, list[_Box]]:

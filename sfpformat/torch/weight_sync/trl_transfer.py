@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from ...errors import MismatchError
 from ...names import listed
 from ..deltas import Source
 from .sender import DeltaSender
+from .versions import version_of
 
 _CONTROL_TIMEOUT = 300  # seconds, for requests that take no longer for larger models
 _TRL = "trl.experimental.async_grpo.async_grpo_trainer"
@@ -86,7 +86,7 @@ class DeltaWeightTransfer:
             if missing:
                 raise MismatchError(
                     f"client: a {type(client).__name__} has no method {listed(missing)}; "
-                    f"sfpformat was written for VLLMClient of TRL 1.16, installed is {_version('trl')}"
+                    f"sfpformat was written for VLLMClient of TRL 1.16, installed is {version_of('trl')}"
                 )
             if base is not None and not isinstance(base, (str, os.PathLike)):
                 raise MismatchError(
@@ -153,16 +153,9 @@ def require_interface() -> None:
     if protocol is None or other:
         words = "has no WeightTransferProtocol" if protocol is None else f"also calls {listed(other)}"
         raise MismatchError(
-            f"TRL {_version('trl')} {words}; sfpformat was written for TRL 1.16: use another version of one"
+            f"TRL {version_of('trl')} {words}; sfpformat was written for TRL 1.16: use another version of one"
         )
 
 
 def _methods(kind: type) -> list[str]:
     return [name for name, value in vars(kind).items() if callable(value) and not name.startswith("_")]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -122,22 +122,19 @@ class DeltaWeightTransferEngine(
                 f"the delta changes integers in, or writes NaN into {listed(wrong)}, which vLLM's updates of "
                 "elements cannot"
             )
-        some = [name for name, patch in patches.items() if len(patch.values)]
-        if not some:
-            return
-        load_checkpoint_weight_patches(
-            self.model,
-            [
-                CheckpointWeightPatch(
-                    name=name,
-                    shape=patches[name].shape,
-                    dtype=patches[name].values.dtype,
-                    values=patches[name].values.to(self.device),
-                    indices=patches[name].positions.to(self.device),  # type: ignore[union-attr]  # not whole
-                )
-                for name in some
-            ],
-        )
+        some = [
+            CheckpointWeightPatch(
+                name=name,
+                shape=patch.shape,
+                dtype=patch.values.dtype,
+                values=patch.values.to(self.device),
+                indices=patch.positions.to(self.device),
+            )
+            for name, patch in patches.items()
+            if patch.positions is not None and len(patch.values)
+        ]
+        if some:
+            load_checkpoint_weight_patches(self.model, some)
 
     def shutdown(self) -> None:
         """Releases the copy of the checkpoint."""

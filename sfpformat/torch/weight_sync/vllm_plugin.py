@@ -9,11 +9,11 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ...errors import MismatchError, SfpWarning
 from ...names import listed
+from .versions import version_of
 
 BACKEND = "sfp_delta"
 WRITTEN_FOR = "0.33"
@@ -104,8 +104,8 @@ def require_interface() -> None:
             wrong.append(f"{name} also has {listed(more)}")
     if wrong:
         raise MismatchError(
-            f"vLLM {_version()} has another interface of weight transfer than {WRITTEN_FOR}, for which "
-            f"sfpformat was written: {'; '.join(wrong)}. Use another version of one of them"
+            f"vLLM {version_of('vllm')} has another interface of weight transfer than {WRITTEN_FOR}, "
+            f"for which sfpformat was written: {'; '.join(wrong)}. Use another version of one of them"
         )
 
 
@@ -127,10 +127,3 @@ def _difference(module: str, name: str, method: str, parameters: tuple[str, ...]
     has = set(inspect.signature(found).parameters)
     missing = [parameter for parameter in parameters if parameter not in has]
     return f"{what} has no parameter {listed(missing)}" if missing else None
-
-
-def _version() -> str:
-    try:
-        return version("vllm")
-    except PackageNotFoundError:
-        return "of unknown version"
