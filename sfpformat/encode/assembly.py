@@ -47,6 +47,7 @@ class Assembly:
         entries: the entries of the tensors written so far, by name, including those of an earlier, resumed
             writer.
         delta: what makes the file a delta, or None.
+        sink: where the file's bytes go.
         is_whole: False while a tensor is partly written.
     """
 
@@ -58,10 +59,10 @@ class Assembly:
         self._limits = limits
         self._directory_bytes = sum(len(f"{key}{value}".encode()) for key, value in self._metadata.items())
         self._require_room("the metadata")
-        self._sink = open_sink(target, resume_key, limits)
+        self.sink = open_sink(target, resume_key, limits)
         self.entries: dict[str, TensorEntry] = {}
-        if isinstance(self._sink, ResumableSink):
-            self.entries = {entry.name: entry for entry in self._sink.entries}
+        if isinstance(self.sink, ResumableSink):
+            self.entries = {entry.name: entry for entry in self.sink.entries}
         self.delta: DeltaMap | None = None
         self.is_whole = True
 
@@ -79,7 +80,7 @@ class Assembly:
         self._directory_bytes += len(entry.name.encode()) + chunk_records.nbytes
         self._require_room(what)
         self.entries[entry.name] = entry
-        self._sink.tensor_done(entry)
+        self.sink.tensor_done(entry)
         self.is_whole = True
         return entry
 
@@ -102,7 +103,7 @@ class Assembly:
     def _append(self, chunk: Chunk) -> NDArray[np.void]:
         """Writes a chunk and returns its record, shape [1]."""
         for part in chunk.parts:
-            self._sink.append(part.data)
+            self.sink.append(part.data)
         return chunk.record
 
     def finish(self) -> None:
@@ -120,9 +121,9 @@ class Assembly:
         data = directory.to_bytes()
         self._limits.require_written("directory_bytes", len(data), "the file")
         preamble = Preamble(offset, len(data), offset + len(data), crc32(data))
-        self._sink.append(data)
-        self._sink.commit(preamble.to_bytes())
+        self.sink.append(data)
+        self.sink.commit(preamble.to_bytes())
 
     def abort(self, keep: bool) -> None:
         """Discards the file; with ``keep``, a resumable sink keeps the partial file."""
-        self._sink.abort(keep)
+        self.sink.abort(keep)

@@ -156,7 +156,7 @@ def test_an_error_of_the_file_is_raised_and_leaves_nothing(
     threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = Writer(tmp_path / "m.sfp", threads=threads)
-    appended = writer._sink.append
+    appended = writer._file.sink.append
     calls = []
 
     def fail(data: memoryview) -> None:
@@ -165,7 +165,7 @@ def test_an_error_of_the_file_is_raised_and_leaves_nothing(
             raise OSError(28, "No space left on device")
         appended(data)
 
-    monkeypatch.setattr(writer._sink, "append", fail)
+    monkeypatch.setattr(writer._file.sink, "append", fail)
 
     def add_all() -> None:
         with writer:

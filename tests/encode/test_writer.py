@@ -636,7 +636,7 @@ def test_a_partially_written_tensor_aborts_the_file(
 ) -> None:
     writer = Writer(target, resume_key=key)
     writer.add("whole", one)
-    kind = type(writer._sink)
+    kind = type(writer._file.sink)
     append, left = kind.append, [chunk]
 
     def fails_once(self: Any, data: bytes) -> None:

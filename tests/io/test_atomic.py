@@ -316,7 +316,7 @@ def test_a_file_that_another_process_changed_without_locks_is_refused(
     with pytest.warns(SfpWarning, match="cannot be locked"):
         writer = Writer(target, resume_key="job")
     writer.add("a", ONE)
-    sink = writer._sink
+    sink = writer._file.sink
     assert isinstance(sink, ResumableSink)
     append = sink.append
 
