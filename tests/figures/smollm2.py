@@ -9,7 +9,9 @@ file as soon as it is measured, and prints all rows as a table. Existing rows ar
 interrupted statistics and learning resume. Each perplexity is per token, and measured on the loaded `.sfp`
 file, on 4,096 tokens of code and of prose. The calibration data are a third of the standard library's
 modules, cut into windows and shuffled; the evaluated code is from another third, the prose is the package's
-held-out text. All computations are in float32, on the processor or on ``--device``.
+held-out text. With ``--texts mixed``, every second window of calibration is prose: topics of the language
+reference that are not in the held-out text. All computations are in float32, on the processor or on
+``--device``.
 
 Methods: magnitude with a threshold for each tensor; Wanda with a threshold for each row, also with the
 sparsities of OWL for the layers (``wanda-outliers``); Fisher with one threshold, also with a quarter of the
@@ -31,10 +33,11 @@ import resource
 import statistics as statistics_of
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -100,29 +103,30 @@ class Bench:
     def __init__(self, work: Path, options: argparse.Namespace) -> None:
         self._transformers: Any = importlib.import_module("transformers")
         self._work, self._options = work, options
+        self._mixed = "-mixed" if options.texts == "mixed" else ""  # in names of files
         self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(work / "model")
         self.model = self.loaded().to(options.device)
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         # In an order of its own, the same whatever is asked for, so that statistics and choices come from
         # the same windows in each run, of modules from all over the library.
-        windows = self._windows(modules[0::3], math.inf)
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
-        windows = [windows[place] for place in order]
+        windows = _shuffled(self._windows(_read(modules[0::3]), math.inf))
+        if options.texts == "mixed":
+            prose = _shuffled(self._windows(_topics_not_held_out(), math.inf))
+            windows = [window for pair in zip(windows, prose, strict=False) for window in pair]
         known = options.calibration
         batches = partial(_batches, device=options.device)
         self.calibration = batches(windows[:known], 1)
         self.held_out = batches(windows[known : known + HELD_OUT], 2)
         self.learned_from = batches(windows[known + HELD_OUT :], options.batch)
-        prose = Path(str(bundled.__file__)).with_name("heldout_prose.txt")
         self.texts = {
-            "code": batches(self._windows(modules[1::3][20:], options.evaluated), 4),
-            "prose": batches(self._windows([prose], options.evaluated), 4),
+            "code": batches(self._windows(_read(modules[1::3][20:]), options.evaluated), 4),
+            "prose": batches(self._windows([_held_out_prose()], options.evaluated), 4),
         }
 
-    def _windows(self, paths: list[Path], most: float) -> list[list[int]]:
+    def _windows(self, texts: Iterable[str], most: float) -> list[list[int]]:
         tokens: list[int] = []
-        for path in paths:
-            tokens += self._tokenizer(path.read_text(encoding="utf-8", errors="ignore"))["input_ids"]
+        for text in texts:
+            tokens += self._tokenizer(text)["input_ids"]
             if len(tokens) >= most:
                 break
         return [tokens[i : i + WINDOW] for i in range(0, int(min(len(tokens), most)) - WINDOW + 1, WINDOW)]
@@ -147,7 +151,7 @@ class Bench:
             self.model,
             self.calibration,
             batches=len(self.calibration),
-            checkpoint=self._work / f"statistics-{len(self.calibration)}.pt",
+            checkpoint=self._work / f"statistics-{len(self.calibration)}{self._mixed}.pt",
             every=16,
             progress=lambda i, loss: print(f"statistics {i}/{len(self.calibration)}", flush=True),
         )
@@ -197,7 +201,7 @@ class Bench:
             **options.settings,
         )
         words = "-".join(str(part) for part in (options.steps, options.batch, options.minutes, options.seed))
-        changed = "".join(f"-{name}-{value}" for name, value in options.settings.items())
+        changed = "".join(f"-{name}-{value}" for name, value in options.settings.items()) + self._mixed
         began = time.monotonic()
         times: list[float] = []
 
@@ -253,7 +257,7 @@ class Bench:
         pruned, masks, extra = METHODS[method](self, target)
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         weights = sum(mask.numel() for mask in masks.values())
-        path = self._work / f"{method}-{words_of(target).replace(':', 'of')}.sfp"
+        path = self._work / f"{method}-{words_of(target).replace(':', 'of')}{self._mixed}.sfp"
         pack(pruned, path, masks)
         restored = self.loaded(torch.bfloat16)
         with torch.no_grad():
@@ -290,6 +294,8 @@ class Bench:
         found["pattern"] = words_of(target) if isinstance(target, Pattern) else None
         if method not in ("dense", "magnitude"):
             found["calibration"] = options.calibration
+            if self._mixed:  # rows of code alone do not state it
+                found["texts"] = "mixed"
         if method == "levels":
             found |= {"asked_steps": options.steps, "batch": options.batch, "minutes": options.minutes}
             found |= {"seed": options.seed, "settings": options.settings}
@@ -329,6 +335,29 @@ def words_of(target: Target) -> str:
     return f"{target.keep}:{target.of}" if isinstance(target, Pattern) else str(target)
 
 
+def _read(paths: list[Path]) -> Iterable[str]:
+    return (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+
+
+def _held_out_prose() -> str:
+    return Path(str(bundled.__file__)).with_name("heldout_prose.txt").read_text(encoding="utf-8")
+
+
+def _topics_not_held_out() -> list[str]:
+    """Returns the topics of the language reference that the held-out prose does not contain."""
+
+    def paragraphs(text: str) -> set[str]:  # short ones, such as "See also:", are in many topics
+        return {part for part in text.split("\n\n") if len(part) > 80}
+
+    held_out = paragraphs(_held_out_prose())
+    return [text for _, text in sorted(topics.items()) if held_out.isdisjoint(paragraphs(text))]
+
+
+def _shuffled(windows: list[list[int]]) -> list[list[int]]:
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+    return [windows[place] for place in order]
+
+
 def _batches(windows: list[list[int]], size: int, *, device: str) -> list[Batch]:
     groups = [torch.tensor(windows[i : i + size], device=device) for i in range(0, len(windows), size)]
     return [{"input_ids": ids, "labels": ids} for ids in groups]
@@ -362,6 +391,8 @@ def table(rows: list[Row]) -> str:
         steps = f", {row['steps']} steps" if row["method"] == "levels" else ""
         if "start" in row:
             steps += f" from {row['selected_start']}"
+        if "texts" in row:
+            steps += f", {row['texts']} texts"
         lines.append(
             f"| {row.get('pattern') or row['sparsity']} | {row['method']}{steps} | {row['tokens']:,} "
             f"| {row['cpu_seconds']:.0f} | {figures} |"
@@ -382,6 +413,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--minutes", type=float, help="of learning, at most")
     parser.add_argument("--settings", type=json.loads, default={}, help="others of learning, as JSON")
+    parser.add_argument("--texts", choices=("code", "mixed"), default="code", help="of calibration")
     parser.add_argument("--start", choices=("best", "fisher"), default="best", help="of learning")
     parser.add_argument("--calibration", type=int, default=96, help="windows of 256 tokens")
     parser.add_argument("--evaluated", type=int, default=4096, help="tokens of code, and of prose")
