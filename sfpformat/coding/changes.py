@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES, Dtype
 
 Patterns = NDArray[np.unsignedinteger]
+
+# Changes that `write_changes` makes at a time: numpy copies the positions that it is given, as int64.
+_WRITTEN = 1 << 15
 
 NEVER = 1 << 62  # `Bucket.left` where no further element is coded
 
@@ -53,6 +57,7 @@ class ElementKind:
         return DTYPES[{8: "F8_E4M3", 16: "BF16", 32: "F32", 64: "F64"}[self.bits]]
 
 
+@cache
 def kind_of(dtype: Dtype) -> ElementKind:
     """Returns how differences of a dtype's elements are computed."""
     if dtype.is_float:
@@ -238,6 +243,19 @@ def place_changes(
     positions[: len(where)] = where
     values[: len(where)] = from_levels(base[where], np.concatenate([levels[:0], *chosen])[order], kind)
     return len(where)
+
+
+def write_changes(elements: Patterns, positions: NDArray[np.uint32], values: Patterns) -> None:
+    """Writes changed elements.
+
+    Args:
+        elements: the elements to be changed, [n].
+        positions: positions of the changes, less than n, ascending, [m].
+        values: the elements at these positions after the changes, [m].
+    """
+    for start in range(0, len(positions), _WRITTEN):
+        some = slice(start, start + _WRITTEN)
+        elements[positions[some]] = values[some]
 
 
 def open_buckets(counts: NDArray[np.int64], gaps: NDArray[np.uint32], gap: int, level: int) -> Bucket:

@@ -10,6 +10,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice, pairwise
 from typing import Protocol, TypeVar
 
@@ -61,12 +62,12 @@ class DeltaTensor:
     result: int
     structure: Structure | None = None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the tensor, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Number of elements; a complex number is two."""
         return self.nbytes * 8 // kind_of(self.dtype).bits

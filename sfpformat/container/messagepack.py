@@ -185,7 +185,8 @@ class _Reader:
     def head(self) -> tuple[str, int]:
         """Returns the kind of the next value, and its integer, or its length in bytes or elements."""
         start = self.at
-        byte = self.take(1)[0]
+        byte = self.data[start] if start < len(self.data) else self.take(1)[0]
+        self.at = start + 1
         if byte <= 0x7F:
             return "int", byte
         if byte <= 0x8F:

@@ -20,7 +20,7 @@ from ..io.threads import for_each
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
 from .checksums import checksum_of
-from .journal import Journal, write_elements
+from .journal import Journal
 from .reading import Delta, Found, Part, PoolChanges
 from .tensors import Array, ArrayTensors, patterns_of
 
@@ -236,9 +236,7 @@ class Change:
         with self._lock:
             if self._shared or self._room >= size:
                 self._room -= size
-                # Copies: the arrays are parts of buffers that have room for more elements.
-                kept = [Found(changes.positions.copy(), changes.values.copy()) for changes in found]
-                self._found[number, block] = kept
+                self._found[number, block] = found
 
     def _threads_for(self, pool: PoolChanges) -> int:
         """Returns a number of threads whose blocks fit into memory."""
@@ -289,7 +287,7 @@ class Change:
                 found = pool.find(index, base, self._delta.engine)
                 for part, view, changes in zip(parts, base, found, strict=True):
                     journal.keep(pool.members[part.member].name, view, changes.positions)
-                    write_elements(view, *changes)
+                    self._delta.engine.write_changes(view, *changes)
 
             blocks = [index for index in range(pool.blocks) if (number, index) not in self._found]
             for_each(block, blocks, self._threads_for(pool))
@@ -320,7 +318,7 @@ class Change:
                 parts, found = pool.parts(index), self._found[number, index]
                 for part, view, changes in zip(parts, self._parts(pool, parts), found, strict=True):
                     if owned[part.member]:
-                        write_elements(view, *changes)
+                        self._delta.engine.write_changes(view, *changes)
 
             blocks = [index for index in range(pool.blocks) if (number, index) in self._found]
             for_each(block, blocks, self._threads_for(pool))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.changes import Patterns
+from ..coding.changes import Patterns, write_changes
 from ..errors import PartlyChangedError
 from ..io.closing import Closing
 from ..names import listed
@@ -25,12 +25,6 @@ def _few(positions: NDArray[np.uint32]) -> Iterator[slice]:
     """Yields slices of a few positions each: numpy copies the positions that it is given, as int64."""
     for start in range(0, len(positions), PART // 8):
         yield slice(start, start + PART // 8)
-
-
-def write_elements(view: Patterns, positions: NDArray[np.uint32], values: Patterns) -> None:
-    """Writes elements at positions, without a copy of all positions."""
-    for some in _few(positions):
-        view[positions[some]] = values[some]
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Journal(Closing):
         positions, old = np.empty(record.count, np.uint32), np.empty(record.count, record.view.dtype)
         self._read_into(positions)
         self._read_into(old)
-        write_elements(record.view, positions, old)
+        write_changes(record.view, positions, old)
 
     def _read_into(self, out: NDArray[np.unsignedinteger]) -> None:
         """Reads all elements of an array, in parts."""

@@ -223,6 +223,9 @@ class Engine(Protocol):
     ) -> int:
         """Implements `coding.changes.place_changes`."""
 
+    def write_changes(self, elements: Patterns, positions: NDArray[np.uint32], values: Patterns) -> None:
+        """Implements `coding.changes.write_changes`."""
+
     def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Any:
         """Returns the data that `decode_runs` needs for a tensor; None if the engine has no fast path for it.
 

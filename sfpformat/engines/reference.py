@@ -7,7 +7,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ..coding.changes import ElementKind, Extent, Patterns, extent_of, find_changes, place_changes
+from ..coding.changes import (
+    ElementKind,
+    Extent,
+    Patterns,
+    extent_of,
+    find_changes,
+    place_changes,
+    write_changes,
+)
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
 from ..coding.exact_encoding import count_exact, encode_exact, exact_zeros
@@ -49,6 +57,7 @@ __all__ = [
     "survivors",
     "translate",
     "uniform_levels",
+    "write_changes",
 ]
 
 

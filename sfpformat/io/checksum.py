@@ -65,7 +65,7 @@ def combined(first: int, second: int, length: int) -> int:
         first, second: their CRC-32.
         length: number of bytes of the second one.
     """
-    return times(power(8 * length), first) ^ second
+    return times(power(8 * length), first) ^ second if first else second
 
 
 def times(a: int, b: int) -> int:

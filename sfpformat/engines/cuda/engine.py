@@ -35,6 +35,7 @@ survey_dense = _processor.survey_dense
 survivors = _processor.survivors
 translate = _processor.translate
 uniform_levels = _processor.uniform_levels
+write_changes = _processor.write_changes
 
 __all__ = [
     "assign",
@@ -63,6 +64,7 @@ __all__ = [
     "survivors",
     "translate",
     "uniform_levels",
+    "write_changes",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .change_checksums import compare, crc32_with
-from .changes import find_changes, place_changes
+from .changes import find_changes, place_changes, write_changes
 from .decode import decode_levels, decode_runs, make_recipe
 from .dense_survey import survey_dense
 from .encode import (
@@ -52,4 +52,5 @@ __all__ = [
     "survivors",
     "translate",
     "uniform_levels",
+    "write_changes",
 ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Of more of 64 elements with keys of the range, a loop over all is faster than one over the bits of a mask.
 _FEW = 20
 _AHEAD = 1024  # elements
+_PREFETCHED = 16  # changes ahead
 
 
 def find_changes(
@@ -70,10 +71,15 @@ def place_changes(
     return int(_place(base, kind.shift, kind.bits, is_float, buckets, gaps, levels, positions, values))
 
 
+def write_changes(elements: Patterns, positions: NDArray[np.uint32], values: Patterns) -> None:
+    """Implements `coding.changes.write_changes`."""
+    _write(elements, positions, values)
+
+
 @register_jitable
 def _ordered(pattern: np.uint64, flip: np.uint64, top: np.uint64) -> np.uint64:
     """Implements `coding.changes.ordered`, given the bits to flip in negative numbers."""
-    return pattern ^ (flip if pattern >> top else np.uint64(0))
+    return pattern ^ (flip & (np.uint64(0) - (pattern >> top)))  # no branch: signs are random
 
 
 @register_jitable
@@ -121,7 +127,7 @@ def _count(
     if old != now:
         if found < len(keys):
             difference = (_ordered(now, flip, top) - _ordered(old, flip, top)) & full
-            sign = full if difference >> top else np.uint64(0)
+            sign = full & (np.uint64(0) - (difference >> top))
             keys[found] = key
             ranks[found] = rank
             levels[found] = ((difference << np.uint64(1)) ^ sign) & full
@@ -187,26 +193,27 @@ def _step(
         The number of placed changes, or -1 if a dense bucket has no level left.
     """
     top, low, full, flip = masks
-    left, gap, level, last, dense = buckets
+    left, gap, level, last, _ = buckets
     old = np.uint64(base[i])
     key = key_of(old, low, shift, is_float)
-    rest = left[key] - 1
-    left[key] = rest
-    if rest <= 0:
-        if dense[key] and level[key] >= last[key]:
+    rest = left[key]
+    if rest <= 1:  # 0 in a dense bucket
+        number = level[key]
+        if number >= last[key]:
             found = -1
         else:
-            coded = np.uint64(levels[level[key]])
-            level[key] += 1
-            if not dense[key]:
+            coded = np.uint64(levels[number])
+            level[key] = number + 1
+            if rest:
                 gap[key] += 1
-                left[key] = np.int64(gaps[gap[key]]) + 1 if level[key] < last[key] else np.int64(NEVER)
-            sign = full if coded & np.uint64(1) else np.uint64(0)
-            difference = (coded >> np.uint64(1)) ^ sign
+                left[key] = np.int64(gaps[gap[key]]) + 1 if number + 1 < last[key] else np.int64(NEVER)
+            difference = (coded >> np.uint64(1)) ^ (full & (np.uint64(0) - (coded & np.uint64(1))))
             now = (_ordered(old, flip, top) + difference) & full
             positions[found] = i
             values[found] = _ordered(now, flip, top)
             found += 1
+    else:
+        left[key] = rest - 1
     return found
 
 
@@ -240,3 +247,12 @@ def _place(
             if found < 0:
                 return -1
     return found
+
+
+@kernel
+def _write(elements: Patterns, positions: NDArray[np.uint32], values: Patterns) -> None:
+    """Writes changed elements."""
+    last = len(positions) - 1
+    for n in range(len(positions)):
+        prefetch(elements, elements.itemsize * np.int64(positions[min(n + _PREFETCHED, last)]))
+        elements[positions[n]] = values[n]
