@@ -16,7 +16,7 @@ import pdoc
 import sfpformat
 
 GUIDES = Path(__file__).parent / "guides"
-MODULES = ("sfpformat", "sfpformat.numpy", "sfpformat.torch", "sfpformat.pruning", "sfpformat.errors")
+MODULES = tuple(f"sfpformat{name}" for name in ("", ".numpy", ".torch", ".hf", ".pruning", ".errors"))
 
 
 def as_module(text: str) -> str:

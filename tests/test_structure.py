@@ -22,7 +22,7 @@ LAYERS = (
     ("encode",),
     ("deltas",),
     ("", "numpy", "torch"),  # "" is the package's own __init__
-    ("pruning",),
+    ("hf", "pruning"),
     ("demo",),
     ("bench",),
     ("cli",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +111,18 @@ class TorchFile(Closing):
     def __iter__(self) -> Iterator[str]:
         return iter(self.file)
 
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Returns the same as `get_tensor`, like a mapping: accelerate takes a file as a state dict."""
+        return self.get_tensor(name)
+
+    def values(self) -> Iterator[torch.Tensor]:
+        """Yields the tensors, in file order. Decodes each when it is needed."""
+        return (self.get_tensor(name) for name in self)
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields names and tensors, in file order. Decodes each tensor when it is needed."""
+        return ((name, self.get_tensor(name)) for name in self)
+
     def __contains__(self, name: object) -> bool:
         return name in self.file
 
@@ -182,6 +195,10 @@ class TorchFile(Closing):
         """
         return TorchSlice(self.file.get_slice(name), self.device)
 
+    def slices(self) -> dict[str, TorchSlice]:
+        """Returns all tensors as slices, by name: a state dict that decodes a tensor when it is read."""
+        return {name: self.get_slice(name) for name in self}
+
     def get_mask(self, name: str) -> torch.Tensor:
         """Returns the mask: bool, of the tensor's shape, True for survivors. All True if there is no mask.
 
@@ -205,7 +222,11 @@ class TorchFile(Closing):
 
 
 class TorchSlice:
-    """A tensor that is decoded when it is indexed. Same interface as the slice object of safetensors."""
+    """A tensor that is decoded when it is indexed. Same interface as the slice object of safetensors.
+
+    Also has what transformers and accelerate ask a tensor before they read it: ``dtype``, ``shape``,
+    ``device``, ``is_floating_point()``. Nothing but indexing and `to` decodes.
+    """
 
     def __init__(self, part: SfpSlice, device: torch.device) -> None:
         """Wraps a slice that returns numpy arrays."""
@@ -219,6 +240,42 @@ class TorchSlice:
     def get_dtype(self) -> str:
         """Returns the name of the tensor's dtype, such as ``"BF16"``."""
         return self._slice.get_dtype()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensor.
+
+        Raises:
+            MismatchError: this version of torch has no such dtype.
+        """
+        return torch_dtype(self.get_dtype())
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor."""
+        return torch.Size(self.get_shape())
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self.get_shape())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors that indexing returns."""
+        return self._device
+
+    def numel(self) -> int:
+        """Returns the number of elements."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """Returns whether the dtype is one of floats."""
+        return self.dtype.is_floating_point
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Decodes the whole tensor, and returns it on a device or in a dtype, as `torch.Tensor.to`."""
+        return self[...].to(*args, **kwargs)
 
     def __getitem__(self, index: Index) -> torch.Tensor:
         """Returns the selected part as a new tensor.

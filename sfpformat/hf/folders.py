@@ -1,0 +1,102 @@
+"""Folders of models: finds the folder, and the class of its model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from ..errors import OptionError
+from ..io.paths import INDEX_SUFFIX, SUFFIX
+from ..names import quoted
+
+# Files of a repository that a model needs. All others, such as weights in other formats, are not fetched.
+PATTERNS = (f"*{SUFFIX}", f"*{SUFFIX}{INDEX_SUFFIX}", "*.json", "*.txt", "*.model", "*.jinja")
+
+Source = str | os.PathLike[str]
+
+
+def folder_of(source: Source, revision: str | None = None) -> Path:
+    """Returns the folder of a model. Fetches that of a repository on the hub into the cache of the hub.
+
+    Args:
+        source: path of a folder, or the id of a repository, such as ``"organisation/name"``.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        OptionError: there is no such folder, and the source is not the id of a repository, or
+            huggingface_hub is not installed; or a revision is given for a folder.
+        Exception: an exception of huggingface_hub: the repository cannot be fetched.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise OptionError(f"{path} is a folder, which has no revision {quoted(revision)}")
+        return path
+    if path.exists():
+        raise OptionError(f"{path} is a file; give its folder, which has the config.json")
+    words = os.fspath(source)
+    if not isinstance(source, str) or words.startswith((".", "/", "~")) or words.count("/") > 1:
+        raise OptionError(f"there is no folder {path}")
+    try:
+        from huggingface_hub import snapshot_download  # an optional package
+        from huggingface_hub.errors import HFValidationError
+    except ModuleNotFoundError:
+        raise OptionError(
+            f"there is no folder {path}; to fetch a repository, install huggingface_hub: "
+            "pip install 'sfpformat[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(words, revision=revision, allow_patterns=list(PATTERNS)))
+    except HFValidationError as error:
+        raise OptionError(f"there is no folder {path}, and it is not the id of a repository") from error
+
+
+def config_of(folder: Path) -> Any:
+    """Returns the configuration of the model in a folder.
+
+    Raises:
+        OptionError: the folder has no ``config.json``, or transformers does not know its model type.
+    """
+    if not (folder / "config.json").is_file():
+        raise OptionError(f"{folder} has no config.json; save_pretrained writes it")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise OptionError(f"{folder / 'config.json'}: {error}") from error
+
+
+def class_of(config: Any, wanted: Any = None) -> Any:
+    """Returns the class of a model.
+
+    Args:
+        config: its configuration.
+        wanted: a class of a model or an ``AutoModel…`` class; None takes the class that the configuration
+            names.
+
+    Raises:
+        OptionError: transformers has no such class, or the ``AutoModel…`` class does not know the model type.
+    """
+    if wanted is None:
+        names = config.architectures or []
+        if len(names) != 1:
+            raise OptionError(
+                f"the config.json names {len(names)} architectures; pass the class of the model as 'cls'"
+            )
+        found = getattr(transformers, names[0], None)
+        if found is None:
+            raise OptionError(f"transformers has no class {quoted(names[0])}; pass the class as 'cls'")
+        return found
+    mapping = getattr(wanted, "_model_mapping", None)
+    if mapping is None:
+        return wanted
+    try:
+        found = mapping[type(config)]
+    except KeyError:
+        raise OptionError(f"{wanted.__name__} has no class for models of {config.model_type!r}") from None
+    if isinstance(found, (list, tuple)):  # several classes of one model type
+        named = [one for one in found if one.__name__ in (config.architectures or [])]
+        return (named or list(found))[0]
+    return found

@@ -1,0 +1,168 @@
+"""`from_pretrained`: makes a model of transformers from a folder with an `.sfp` file."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..errors import MismatchError, OptionError, SfpWarning
+from ..limits import DEFAULT_LIMITS, Limits
+from ..names import listed
+from ..torch import compress_model, parameters_on_meta, safe_open
+from .folders import Source, class_of, config_of, folder_of
+
+_GENERATION = "generation_config.json"
+
+
+def from_pretrained(
+    source: Source,
+    *,
+    cls: Any = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    stay_compressed: bool = False,
+    strict: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+    **settings: Any,
+) -> Any:
+    """Returns the model of a folder, in evaluation mode.
+
+    transformers decodes one tensor after another, when it needs it, and reads only its slices if the model is
+    distributed.
+
+    Examples::
+
+        model = from_pretrained("small/")
+        model = from_pretrained("organisation/small", revision="v1", device_map="auto")
+        model = from_pretrained("small/", cls=transformers.AutoModelForSequenceClassification)
+
+    Args:
+        source: path of a folder, or the id of a repository on the hub.
+        cls: a class of a model, or an ``AutoModel…`` class. None takes the class of the configuration.
+        revision: branch, tag or commit of the repository.
+        dtype: the dtype of the model; ``"auto"`` takes that of the configuration, else that of the file.
+        device_map: as in transformers, except ``"disk"``.
+        stay_compressed: whether linear layers and embeddings keep their encoded bytes, as by
+            `sfpformat.torch.compress_model`.
+        strict: whether weights of the model that the file lacks, and weights of the file that the model
+            lacks, raise. False initialises the former randomly, ignores the latter, and warns of both.
+        limits, threads, engine: as in `sfpformat.open`.
+        settings: further arguments of transformers' ``from_pretrained``, such as ``attn_implementation``.
+
+    Warns:
+        SfpWarning: weights are missing or unexpected, if not ``strict``.
+
+    Raises:
+        OptionError: there is no such folder, or it has no configuration or no `.sfp` model; or an argument
+            cannot be used.
+        MismatchError: the file does not fit the model.
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
+        OSError: the file cannot be read.
+        Exception: an exception of huggingface_hub: the repository cannot be fetched.
+    """
+    for name in ("state_dict", "config", "output_loading_info", "gguf_file", "use_safetensors", "variant"):
+        if name in settings:
+            raise OptionError(f"from_pretrained has no argument {name!r}: the folder determines it")
+    known = isinstance(dtype, torch.dtype) or isinstance(getattr(torch, dtype, None), torch.dtype)
+    if not known and dtype != "auto":
+        raise OptionError(f"torch has no dtype {dtype!r}")
+    folder = folder_of(source, revision)
+    config = config_of(folder)
+    kind = class_of(config, cls)
+    if stay_compressed:
+        if device_map is not None or not strict or settings:
+            raise OptionError(
+                "stay_compressed=True has no 'device_map', 'strict' or settings of transformers; move the "
+                "model with .to(device)"
+            )
+        model = _compressed(kind, config, folder, dtype, limits, threads, engine)
+    else:
+        model = _dense(kind, config, folder, dtype, device_map, strict, limits, threads, engine, settings)
+    model.config.name_or_path = model.name_or_path = str(source)
+    if model.can_generate() and (folder / _GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _dense(
+    kind: Any,
+    config: Any,
+    folder: Path,
+    dtype: str | torch.dtype,
+    device_map: Any,
+    strict: bool,
+    limits: Limits,
+    threads: int | None,
+    engine: str | None,
+    settings: dict[str, Any],
+) -> Any:
+    """Returns a model whose weights transformers loads from the slices of the file."""
+    with safe_open(folder, limits=limits, threads=threads, engine=engine) as file:
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=file.slices(),
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            **settings,
+        )
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if mismatched:
+        raise MismatchError(f"the shapes of the file do not fit {kind.__name__}: {listed(mismatched)}")
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    words = [
+        f"{what}: {listed(names)}"
+        for what, names in (("missing in the file", missing), ("unexpected in the file", unexpected))
+        if names
+    ]
+    if words and strict:
+        raise MismatchError(
+            f"the file does not fit {kind.__name__}: {'; '.join(words)}. If this is intended, for instance "
+            "for a new head, pass strict=False",
+            missing,
+            unexpected,
+        )
+    if words:
+        warnings.warn(
+            SfpWarning(f"{kind.__name__}: {'; '.join(words)}. Missing weights are random"), stacklevel=3
+        )
+    return model
+
+
+def _compressed(
+    kind: Any,
+    config: Any,
+    folder: Path,
+    dtype: str | torch.dtype,
+    limits: Limits,
+    threads: int | None,
+    engine: str | None,
+) -> Any:
+    """Returns a model whose linear layers and embeddings keep the encoded bytes of the file."""
+    if dtype == "auto":
+        dtype = config.dtype or _dtype_of(folder, limits)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
+    try:
+        with parameters_on_meta():
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    compress_model(model, folder, limits=limits, threads=threads, engine=engine)
+    return model
+
+
+def _dtype_of(folder: Path, limits: Limits) -> torch.dtype:
+    """Returns the dtype of the first tensor of floats of a model."""
+    with safe_open(folder, limits=limits) as file:
+        dtypes = (part.dtype for part in file.slices().values() if part.is_floating_point())
+        return next(dtypes, torch.get_default_dtype())

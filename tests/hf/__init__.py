@@ -1,0 +1,1 @@
+"""Tests of models in folders, as transformers has them."""
