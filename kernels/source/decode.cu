@@ -3,6 +3,7 @@
 // A block has `WARPS` warps. `parts` has the job of each warp and which segments of the job the warp decodes (32, or
 // with windows `segments_a_warp`), or IDLE. If a kernel has tables in shared memory, all warps of a block decode the
 // same tensor, that of the first warp.
+#include "changes.cuh"
 #include "product.cuh"
 #include "sparse.cuh"
 #include "windows.cuh"
@@ -210,3 +211,72 @@ MULTIPLY(multiply_bf16, 4, OF_BF16, 1)
 MULTIPLY(multiply_f16, 4, OF_F16, 1)
 // Each number of 24 significant bits is split into three of 8.
 MULTIPLY(multiply_f32, 3, OF_BF16, 3)
+
+// ------------------------------------------------------------------------------------------------- changes
+
+// Counts the keys of each tile, and stores the sum of its elements; see changes.cuh. By bytes per element.
+#define COUNT(NAME, BLOCKS, ELEMENT)                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
+        const ChangeTile *tiles, u32 count, const KeyRange *ranges, u32 *sums, const SumTables *tables        \
+    ) {                                                                                                       \
+        __shared__ CountMemory memory;                                                                        \
+        u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP, index = blockIdx.x * WARPS + own;            \
+        copy_sum_tables(tables, memory.tables, threadIdx.x);                                                  \
+        __syncthreads();                                                                                      \
+        if (index >= count) return;                                                                           \
+        ChangeTile tile = tiles[index];                                                                       \
+        KeyRange range = {};                                                                                  \
+        if (tile.range != NO_RANGE) range = ranges[tile.range];                                               \
+        u32 sum = count_tile<ELEMENT>(tile, index, range, memory.tables, memory.counts[own], lane);           \
+        if (lane == 0) sums[index] = sum;                                                                     \
+    }
+
+// Finds the changes of each tile, and stores the sum of their bits.
+#define PLACE(NAME, BLOCKS, ELEMENT)                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
+        const ChangeTile *tiles, u32 count, const KeyRange *ranges, const u32 *ranks, u8 *patterns,           \
+        u32 *places, u32 *sums, const SumTables *tables                                                       \
+    ) {                                                                                                       \
+        __shared__ PlaceMemory memory;                                                                        \
+        u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP, index = blockIdx.x * WARPS + own;            \
+        copy_sum_tables(tables, memory.tables, threadIdx.x);                                                  \
+        __syncthreads();                                                                                      \
+        if (index >= count) return;                                                                           \
+        ChangeTile tile = tiles[index];                                                                       \
+        ChangeList list = {ranks, patterns, places};                                                          \
+        u32 sum = 0;                                                                                          \
+        if (tile.range != NO_RANGE) {                                                                         \
+            sum = place_tile<ELEMENT>(tile, index, ranges[tile.range], list, memory.tables, memory.ranks[own], lane); \
+        }                                                                                                     \
+        if (lane == 0) sums[index] = sum;                                                                     \
+    }
+
+COUNT(count_keys_1, 8, u8)
+COUNT(count_keys_2, 8, u16)
+COUNT(count_keys_4, 8, u32)
+COUNT(count_keys_8, 8, u64)
+PLACE(place_changes_1, 7, u8)
+PLACE(place_changes_2, 7, u16)
+PLACE(place_changes_4, 7, u32)
+PLACE(place_changes_8, 7, u64)
+
+// Sums the counts of the tiles of each range, with `KEY_GROUPS` blocks per range.
+extern "C" __global__ void sum_keys(const KeyRange *ranges) {
+    __shared__ u32 sums[WARPS][WARP];
+    KeyRange range = ranges[blockIdx.x / KEY_GROUPS];
+    u32 lane = threadIdx.x % WARP, key = blockIdx.x % KEY_GROUPS * WARP + lane;
+    if (key - lane < range.keys) sum_counts(range, key, threadIdx.x / WARP, lane, sums);
+}
+
+// Flips the bits of changed elements, one change per thread. `bytes`: of an element.
+extern "C" __global__ void flip_elements(
+    const ChangeTile *tiles, const u32 *places, const void *patterns, u32 count, u32 bytes
+) {
+    u32 change = blockIdx.x * THREADS + threadIdx.x;
+    if (change >= count || places[change] == NO_CHANGE) return;
+    u32 place = places[change];
+    if (bytes == 1) flip<u8>(tiles, place, patterns, change);
+    else if (bytes == 2) flip<u16>(tiles, place, patterns, change);
+    else if (bytes == 4) flip<u32>(tiles, place, patterns, change);
+    else flip<u64>(tiles, place, patterns, change);
+}

@@ -20,8 +20,8 @@ from pathlib import Path
 from .shim import SOURCE
 
 _COPIED = ("conformance", "kernels", "sfpformat", "tests", "pyproject.toml")
-_FILES = ("tests/cuda/test_decode.py", "tests/cuda/test_product.py")
-_TESTS = (*_FILES, "-k", "every_kernel_decodes or unit_vectors or several_slices")
+_FILES = ("tests/cuda/test_decode.py", "tests/cuda/test_product.py", "tests/cuda/test_deltas.py")
+_TESTS = (*_FILES, "-k", "every_kernel or unit_vectors or several_slices")
 _WAITS = "__syncwarp", "__syncthreads", "wait_for_copies", r"wait_for_all_but<\d>"
 _LEFT_ALONE = r";  // (?:for other blocks|before a shuffle)"
 _CALL = re.compile(rf"(?<= )(?:{'|'.join(_WAITS)})\(\)(?=;)(?!{_LEFT_ALONE})")

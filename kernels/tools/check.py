@@ -2,11 +2,13 @@
 
 * compiles the kernels for the device, and reports the registers of each;
 * compares the engine with the reference: golden files, files of every kind, damaged files; products with sums
-  in double precision, and their bits between runs; compressed layers of torch with dense ones;
+  in double precision, and their bits between runs; changes of deltas; compressed layers of torch with dense
+  ones;
 * measures decoding of matrices of 67 M weights; compares it with the floor (the time to move the necessary
   bytes at the copy rate of the device), and with nvCOMP, DFloat11 and DietGPU if they are installed;
 * measures products with a compressed matrix of 8192 × 8192; compares them with torch's dense products;
 * measures loading a file to the device; compares it with safetensors;
+* measures `apply_delta` on the device, its kernels beside the floor, and the way over CPU memory;
 * runs the engine under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
 
 Prints each part when it ends, and writes it to ``kernels/results``, as JSON and as a table. A part that fails
@@ -38,6 +40,7 @@ from .report import tables
 RESULTS = Path(__file__).parents[1] / "results"
 MINUTES = 9.0
 DAMAGED = 1000
+DELTAS = 400
 _TOOL_SECONDS = 60.0
 _PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "torch", "nvidia-nvcomp-cu13", "dfloat11")
 
@@ -126,6 +129,7 @@ def identity_parts(device: Device, damaged: int, every: int) -> list[Part]:
     return [
         ("files as by the reference", partial(identity.compare_with_reference, damaged, every)),
         ("products as in double precision", partial(identity.compare_products, device, every)),
+        ("deltas as by the reference", partial(identity.compare_deltas, device, max(DELTAS // every, 20))),
     ]
 
 
@@ -142,6 +146,8 @@ def speed_parts(device: Device, side: int, report: Report) -> Iterator[Part]:
         yield f"peer: {name}", partial(_timed, peer, side)
     yield "layers", lambda: speed.layers(side)
     yield "loading", lambda: speed.loading(side // 2)
+    for name in speed.STEPS:
+        yield f"delta: {name}", partial(speed.deltas, name, device, rate, side // 2)
 
 
 def _timed(peer: Callable[[int], peers.Timed], side: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Runs the kernels on damaged chunks, on the host, and compares the results with the reference.
 
 ``python -m kernels.tools.fuzz`` decodes the chunks of the golden files; then it decodes or multiplies 200,000
-damaged chunks. Address and undefined-behaviour sanitisers check all accesses: every chunk, output and table
-has its own memory between poisoned guards. Checksums are not compared, as if they had been recomputed.
+damaged chunks, or finds the changes of damaged deltas. Address and undefined-behaviour sanitisers check all
+accesses: every chunk, output and table has its own memory between poisoned guards. Checksums are not
+compared, as if they had been recomputed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from sfpformat.errors import FileFault, SfpError
 from sfpformat.numpy import save
 
 from . import shim
+from .changes import KINDS, Comparison, random_comparison
 from .identity import golden_files
 from .inputs import damage, files, normal_weights
 from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
@@ -42,6 +44,8 @@ from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 INPUTS = 200_000
 # One input in this many is multiplied: on the host a product takes as long as this many decodings.
 _PRODUCTS_EVERY = 50
+# The same for the changes of deltas.
+_CHANGES_EVERY = 20
 _SHOWN = 5_000
 # Larger golden files are skipped: they are tests of limits, a few bytes that claim many positions.
 _MOST_POSITIONS = 1 << 20
@@ -255,12 +259,16 @@ def run(kernels: Kernels, engine: Engine, inputs: int, seed: int = 0) -> int:
         assert compare(kernels, sample, sample.data), f"{sample.name}: the undamaged chunk is refused"
     for product in products:
         assert product.compare(product.data), f"{product.name}: the undamaged matrix is refused"
-    rng = np.random.default_rng(seed)
+    rng, changes = np.random.default_rng(seed), Comparison(kernels.device)
+    for _ in KINDS:
+        random_comparison(changes, rng, damaged=False)
     good, begun = 0, time.monotonic()
     for i in range(inputs):
         if i % _PRODUCTS_EVERY == 0:
             product = products[int(rng.integers(len(products)))]
             good += product.compare(damage(product.data, rng))
+        elif i % _CHANGES_EVERY == 1:
+            good += random_comparison(changes, rng, damaged=True)
         else:
             sample = every[int(rng.integers(len(every)))]
             good += compare(kernels, sample, damage(sample.data, rng))

@@ -1,4 +1,4 @@
-"""Compares the CUDA engine with the reference on a device: bits, faults, products, layers, sanitizers."""
+"""Compares the CUDA engine with the reference on a device: bits, faults, products, deltas, layers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sfpformat.errors import FileFault, SfpError
 from sfpformat.io.checksum import crc32
 from sfpformat.numpy import save
 
+from .changes import Comparison, random_comparison
 from .inputs import damaged_file, files
 from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 
@@ -121,6 +122,16 @@ def compare_products(device: Device, every: int = 1) -> list[dict[str, Any]]:
             assert unit.tobytes() == (weight.T[7 : 7 + batch] + 0).tobytes(), f"{name}: other weights"
             found.append({"dtype": name, "shape": [rows, columns], "batch": batch, "off": off})
     return found
+
+
+def compare_deltas(device: Device, blocks: int, seed: int = 0) -> int:
+    """Compares the changes of random and damaged blocks of deltas. Returns how many of the calls fit.
+
+    Raises:
+        AssertionError: device and reference disagree.
+    """
+    comparison, rng = Comparison(device), np.random.default_rng(seed)
+    return sum(random_comparison(comparison, rng, damaged=i % 2 == 1) for i in range(blocks))
 
 
 def compare_layers(where: str = "cuda") -> int:

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 import sfpformat
 from sfpformat import PRESETS, Exact, Options, Table
+from sfpformat.deltas.reading import Delta
+from sfpformat.engines import DeviceBlock, DevicePart
+from sfpformat.engines.cuda.changes import Changes
 from sfpformat.engines.cuda.device import Device
 from sfpformat.numpy import save
 
@@ -209,3 +212,73 @@ def loading(side: int) -> dict[str, float]:
             assert all(torch.equal(found[key].cpu(), tensors[key]) for key in tensors)
             times[name] = statistics.median(runs)
     return times
+
+
+# Name -> the change of the weights, relative to their size.
+STEPS = {"BF16, a small step": 1e-4, "BF16, a fine-tune": 1e-2}
+
+
+def deltas(
+    name: str, device: Device, rate: float, side: int, clock: Clock = milliseconds, where: str = "cuda"
+) -> dict[str, Any]:
+    """Times `apply_delta` for a state dict of four matrices on the device, and its kernels.
+
+    Returns:
+        ``changed``: the share of the weights; ``kernels_ms``: `count_keys`, `sum_keys` and `place_changes`;
+        ``flip_ms``: `flip_elements`; ``floor_ms``: the time to read the weights twice; ``apply_s``: a whole
+        call, back and forth in turn, so that no copy is timed; ``over_cpu_s``: the same with
+        ``engine="numba"``, which copies the tensors to CPU memory and back.
+    """
+    torch: Any = importlib.import_module("torch")
+    api: Any = importlib.import_module("sfpformat.torch")
+    rng = np.random.default_rng(1)
+    base, new = {}, {}
+    for i in range(4):
+        weights = matrix_of(np.float32, 1.0, side) + np.float32(i)
+        step = np.float32(STEPS[name]) * rng.standard_normal(weights.shape, np.float32)
+        base[f"t{i}"], new[f"t{i}"] = weights.astype(BF16), (weights * (1 + step)).astype(BF16)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / way for way in ("there", "back")]
+        for path, (old, now) in zip(paths, ((base, new), (new, base)), strict=True):
+            sfpformat.write_delta(path, old, now)
+        state = {
+            key: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16).to(where) for key, a in base.items()
+        }
+        times: dict[str, float] = {}
+        for label, engine in (("apply_s", None), ("over_cpu_s", "numba")):
+            runs = []
+            for i in range(6):
+                begun = time.perf_counter()
+                api.apply_delta(state, paths[i % 2], engine=engine)
+                runs.append(time.perf_counter() - begun)
+            assert all(
+                state[key].cpu().view(torch.int16).numpy().tobytes() == base[key].tobytes() for key in base
+            )
+            times[label] = statistics.median(runs[2:])
+        kernels, flip = _timed_kernels(paths[0], state, device, clock)
+    size = sum(array.size for array in base.values())
+    changed = sum(int(np.count_nonzero(base[key] != new[key])) for key in base)
+    floor = 2 * 2 * size / rate * 1e3
+    own = {"changed": changed / size, "kernels_ms": kernels, "flip_ms": flip, "floor_ms": floor}
+    return own | times | {"gb_a_second": 2 * size / times["apply_s"] / 1e9}
+
+
+def _timed_kernels(path: Path, state: dict[str, Any], device: Device, clock: Clock) -> tuple[float, float]:
+    """Returns the milliseconds of the kernels that find the changes of a delta, and of `flip_elements`."""
+    queue = Changes(device)
+    with Delta(path) as delta:
+        (pool,) = delta.pools()
+        blocks = []
+        for number in range(pool.blocks):
+            places = [
+                DevicePart(
+                    state[pool.members[part.member].name].data_ptr() + 2 * part.start, part.stop - part.start
+                )
+                for part in pool.parts(number)
+            ]
+            blocks.append(DeviceBlock(places, *pool.numbers_of(number)))
+        # Repeated, `find` takes bits to flip for levels: its changes are of no use.
+        found = clock([queue.start(blocks, pool.kind).find])
+        placed = queue.start(blocks, pool.kind).wait()[1]
+    assert placed is not None
+    return found, clock([lambda: queue.flip(placed)] * 2)

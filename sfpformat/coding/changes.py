@@ -22,6 +22,7 @@ Patterns = NDArray[np.unsignedinteger]
 _WRITTEN = 1 << 15
 
 NEVER = 1 << 62  # `Bucket.left` where no further element is coded
+NO_RANK = (1 << 32) - 1  # greater than the rank of any element
 
 
 @dataclass(frozen=True)
@@ -274,3 +275,24 @@ def open_buckets(counts: NDArray[np.int64], gaps: NDArray[np.uint32], gap: int, 
     some = np.flatnonzero(sparse)
     left[some] = gaps[first_gap[some]].astype(np.int64) + 1
     return Bucket(left, first_gap, last - coded, last, dense)
+
+
+def coded_ranks(counts: NDArray[np.int64], gaps: NDArray[np.uint32], out: NDArray[np.uint32]) -> None:
+    """Computes the numbers of a block's coded elements among the elements of their keys.
+
+    Args:
+        counts, gaps: as for `open_buckets`; the gaps of this block.
+        out: receives the rank of each, in the order of keys, [n]; at most 2^32 - 2, which no element has.
+    """
+    level = gap = 0
+    for number in counts[counts > 1].tolist():
+        coded = number >> 1
+        ranks = out[level : level + coded]
+        if number & 1:
+            ranks[:] = np.arange(coded, dtype=np.uint32)
+        else:
+            steps = np.cumsum(gaps[gap : gap + coded], dtype=np.int64)
+            steps += np.arange(coded)
+            ranks[:] = np.minimum(steps, NO_RANK - 1, out=steps)
+            gap += coded
+        level += coded

@@ -203,7 +203,7 @@ class Change:
             self._check_pool(number, pool)
         for tensor in self._delta.map.tensors:
             if tensor.kind in ("replaced", "added"):
-                self._check_stored(tensor)
+                check_stored(self._delta, tensor)
 
     def _check_pool(self, number: int, pool: PoolChanges) -> None:
         checked = [_Checked(pool.parts(block)) for block in range(pool.blocks)]
@@ -212,13 +212,13 @@ class Change:
             self._check_block(number, pool, index, checked[index])
 
         for_each(block, range(pool.blocks), self._threads_for(pool))
-        bases = _of_members(pool, ((one.parts, one.bases) for one in checked))
+        bases = of_members(pool, ((one.parts, one.bases) for one in checked))
         for member, base in zip(pool.members, bases, strict=True):
             self._delta.require_checksum(member, base)
         for one in checked:
             if one.fault is not None:
                 raise one.fault
-        results = _of_members(pool, ((one.parts, one.results) for one in checked))
+        results = of_members(pool, ((one.parts, one.results) for one in checked))
         for member, result in zip(pool.members, results, strict=True):
             self._delta.require_result(member, result)
 
@@ -245,19 +245,6 @@ class Change:
 
     def _parts(self, pool: PoolChanges, parts: list[Part]) -> list[Patterns]:
         return [self.views[pool.members[part.member].name][part.start : part.stop] for part in parts]
-
-    def _check_stored(self, tensor: DeltaTensor) -> None:
-        """Checks a tensor that is stored whole, in parts of a few rows."""
-        rows = tensor.shape[0] if tensor.shape else 1
-        size = max((1 << 22) * max(rows, 1) // max(tensor.nbytes, 1), 1)
-        crc = 0
-        with placed(tensor=tensor.name):
-            lazy = self._delta.file.get_slice(tensor.name)
-            for row in range(0, rows, size) if tensor.shape else (0,):
-                part = lazy[row : row + size] if tensor.shape else lazy[...]
-                data = patterns_of(part, tensor.dtype)
-                crc = crc32(data.data, crc)
-        self._delta.require_result(tensor, crc)
 
     def apply(self) -> None:
         """Makes all changes, or none. `check` has succeeded, and the arrays have not changed since.
@@ -324,7 +311,25 @@ class Change:
             for_each(block, blocks, self._threads_for(pool))
 
 
-def _of_members(pool: PoolChanges, blocks: Iterable[tuple[list[Part], list[int]]]) -> list[int]:
+def check_stored(delta: Delta, tensor: DeltaTensor) -> None:
+    """Checks a tensor that is stored whole, in parts of a few rows.
+
+    Raises:
+        InvalidFileError, LimitError: the tensor is damaged, or exceeds a limit.
+    """
+    rows = tensor.shape[0] if tensor.shape else 1
+    size = max((1 << 22) * max(rows, 1) // max(tensor.nbytes, 1), 1)
+    crc = 0
+    with placed(tensor=tensor.name):
+        lazy = delta.file.get_slice(tensor.name)
+        for row in range(0, rows, size) if tensor.shape else (0,):
+            part = lazy[row : row + size] if tensor.shape else lazy[...]
+            data = patterns_of(part, tensor.dtype)
+            crc = crc32(data.data, crc)
+    delta.require_result(tensor, crc)
+
+
+def of_members(pool: PoolChanges, blocks: Iterable[tuple[list[Part], list[int]]]) -> list[int]:
     """Returns the CRC-32 of each tensor of a pool, given the parts of all blocks and their CRC-32."""
     out = [0] * len(pool.members)
     for parts, checksums in blocks:

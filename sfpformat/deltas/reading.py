@@ -16,8 +16,8 @@ from ..coding.quantisers import patterns_to_levels
 from ..container.delta_map import DeltaMap, DeltaTensor, Pool
 from ..decode.reader import SfpFile
 from ..decode.selection import Selection
-from ..engines import Engine, get_engine
-from ..errors import OptionError, fault, placed
+from ..engines import Engine, Misfit, get_engine
+from ..errors import FileFault, OptionError, fault, placed
 from ..io.closing import Closing
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
@@ -151,22 +151,36 @@ class PoolChanges:
         Raises:
             InvalidFileError: the file is damaged, or does not fit the base's elements.
         """
-        gaps, levels = self._numbers_of(block, self.blocks - 1 if last is None else last)
-        buckets = open_buckets(self._counts[block], gaps, 0, 0)
+        counts, gaps, levels = self.numbers_of(block, last)
+        buckets = open_buckets(counts, gaps, 0, 0)
         size = int(self.changed[block])
         positions, values = np.empty(size, np.uint32), np.empty(size, self.kind.pattern)
         out, at = [], 0
         for part in base:
             found = engine.place_changes(part, self.kind, buckets, gaps, levels, positions[at:], values[at:])
             if found < 0:
-                words = f"a dense bucket of block {block} has fewer levels than elements"
-                raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
+                raise self.misfit(block, Misfit.FEWER)
             out.append(Found(positions[at : at + found], values[at : at + found]))
             at += found
         if not np.array_equal(buckets.level, buckets.last):
-            words = f"a bucket of block {block} has levels left after its last element"
-            raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
+            raise self.misfit(block, Misfit.LEFT)
         return out
+
+    def misfit(self, block: int, why: Misfit) -> FileFault:
+        """Returns the fault of a block whose changes do not fit the base's elements (R-DLT-011)."""
+        words = why.value.replace("bucket", f"bucket of block {block}", 1)
+        return fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
+
+    def numbers_of(
+        self, block: int, last: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32], Patterns]:
+        """Returns the counts, gaps and levels of a block; ``last`` as for `find`.
+
+        Raises:
+            InvalidFileError: the file is damaged.
+        """
+        gaps, levels = self._numbers_of(block, self.blocks - 1 if last is None else last)
+        return self._counts[block], gaps, levels
 
     def coded(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Patterns]:
         """Returns the coded elements of a block, in the order of keys and positions.
@@ -230,6 +244,7 @@ class Delta(Closing):
     Attributes:
         file: the file, whose tensors are those that the delta stores.
         map: what it says about the tensors of base and result.
+        requested: the engine that the caller requested.
     """
 
     def __init__(
@@ -253,7 +268,7 @@ class Delta(Closing):
         self._offset = self.file.preamble.directory_offset  # of the map, for errors
         self._pools: list[PoolChanges] | None = None
         weights = sum(tensor.elements for tensor in self.map.tensors)
-        self.engine = get_engine(engine, weights)
+        self.engine, self.requested = get_engine(engine, weights), engine
         self._lock = threading.Lock()
 
     def close(self) -> None:

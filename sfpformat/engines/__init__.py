@@ -16,11 +16,18 @@ from typing import cast
 
 from ..errors import EngineError
 from .interface import (
+    CheckedBlock,
     DenseSurvey,
+    DeviceBlock,
+    DeviceChanges,
     DeviceEngine,
+    DevicePart,
     DeviceQueue,
     Engine,
+    Misfit,
     Operands,
+    PendingBlocks,
+    PlacedChanges,
     PlainPlan,
     PlainRuns,
     ResidentMatrix,
@@ -30,11 +37,18 @@ from .interface import (
 )
 
 __all__ = [
+    "CheckedBlock",
     "DenseSurvey",
+    "DeviceBlock",
+    "DeviceChanges",
     "DeviceEngine",
+    "DevicePart",
     "DeviceQueue",
     "Engine",
+    "Misfit",
     "Operands",
+    "PendingBlocks",
+    "PlacedChanges",
     "PlainPlan",
     "PlainRuns",
     "ResidentMatrix",

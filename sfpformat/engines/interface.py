@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -350,8 +351,112 @@ class ResidentTensor(Protocol):
         """Prepares the tensor for a `Product`, and waits. None if a segment is invalid."""
 
 
+class DevicePart(NamedTuple):
+    """Consecutive elements of a tensor in the memory of a device.
+
+    Attributes:
+        address: the address of the first element, a multiple of the bytes per element.
+        elements: the number of elements, at least 1.
+        is_changed: whether `DeviceChanges.flip` changes them. Of tensors that share memory, one is changed.
+        is_bool: whether the checksum is that of 1 for each byte that is not 0.
+    """
+
+    address: int
+    elements: int
+    is_changed: bool = True
+    is_bool: bool = False
+
+
+class DeviceBlock(NamedTuple):
+    """A block of a pool (SPEC.md chapter 28) in the memory of a device.
+
+    Attributes:
+        parts: its parts, in the order of elements.
+        counts: see `coding.changes.open_buckets`, int64 [keys]. None if nothing changes.
+        gaps, levels: the block's gaps and levels.
+    """
+
+    parts: Sequence[DevicePart]
+    counts: NDArray[np.int64] | None
+    gaps: NDArray[np.uint32]
+    levels: Patterns
+
+
+class Misfit(Enum):
+    """Why the changes of a block do not fit the elements (R-DLT-011)."""
+
+    FEWER = "a dense bucket has fewer levels than elements"
+    LEFT = "a bucket has levels left after its last element"
+
+
+class CheckedBlock(NamedTuple):
+    """The checks of a block.
+
+    Attributes:
+        bases, results: CRC-32 of each part before and after the changes; undefined after, with a misfit.
+        misfit: why the changes do not fit, or None.
+    """
+
+    bases: list[int]
+    results: list[int]
+    misfit: Misfit | None
+
+
+class PlacedChanges(Protocol):
+    """Changes of elements, of which places and bits are known. They are in the memory of a device.
+
+    Attributes:
+        nbytes: bytes of memory.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class PendingBlocks(Protocol):
+    """Blocks that a device checks."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory on the device."""
+
+    def wait(self) -> tuple[list[CheckedBlock], PlacedChanges | None]:
+        """Waits. Returns the checks of each block, and their changes; None if nothing changes."""
+
+
+class DeviceChanges(Protocol):
+    """Applies the changes of a delta to elements in the memory of a device. Not thread-safe.
+
+    The functions join the queue of the stream, and only those whose documentation says so wait for it.
+    """
+
+    def checksums(self, parts: Sequence[DevicePart], item: int) -> list[int]:
+        """Waits. Returns the CRC-32 of each part. ``item``: bytes per element."""
+
+    def start(self, blocks: Sequence[DeviceBlock], kind: ElementKind) -> PendingBlocks:
+        """Begins to compute checksums of blocks, and to find their changes. Changes nothing."""
+
+    def bytes_of(self, block: DeviceBlock, kind: ElementKind) -> int:
+        """Returns the bytes of memory on the device that `start` needs for a block."""
+
+    def flip(self, changes: PlacedChanges) -> None:
+        """Makes changes that were not made, or restores the elements if they were."""
+
+    def fetch(self, changes: PlacedChanges) -> Bytes:
+        """Waits. Returns changes as bytes, for `put` in the same process."""
+
+    def put(self, data: Bytes) -> PlacedChanges:
+        """Copies bytes from `fetch` to the device, and waits."""
+
+    def finish(self) -> None:
+        """Waits for everything in the queue."""
+
+
 class DeviceEngine(Protocol):
     """The functions of an engine that decodes into the memory of a device."""
+
+    def open_changes(self, number: int, stream: int) -> DeviceChanges:
+        """Opens a queue for changes of elements, for the calling thread; same arguments as `open_queue`."""
 
     def open_queue(self, number: int, stream: int) -> DeviceQueue:
         """Opens a queue for the calling thread.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 
 from kernels.tools import check, identity, inputs, machine, peers, shim, speed
 from kernels.tools.report import tables
+from sfpformat.engines import get_device_engine
 from sfpformat.engines.cuda import driver, pinned_loading, work
+from sfpformat.torch import device_deltas, device_memory
 
 from ..support.programs import needs
 
@@ -65,6 +68,12 @@ def test_products_are_compared_on_any_device(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+def test_deltas_are_compared_on_any_device() -> None:
+    device = shim.HostDevice()
+    assert 10 <= identity.compare_deltas(device, 20) < 20
+    assert {"sum_keys", "flip_elements"} < set(device.launched)
+
+
 def fake_clock(device: shim.HostDevice) -> Callable[[speed.Works], float]:
     """Runs each work twice and reports 2 ms for each."""
 
@@ -98,6 +107,29 @@ def test_products_are_timed_beside_dense_ones(monkeypatch: pytest.MonkeyPatch) -
     assert {own["times_as_fast"] for own in found} == {1.0}
     assert device.launched.count("multiply_bf16") == 2 * len(speed.BATCHES)
     assert found[0]["bits_a_weight"] < 3.3
+
+
+@pytest.mark.parametrize("name", speed.STEPS)
+def test_a_delta_is_applied_and_timed_on_both_ways(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[str | None] = []
+
+    def on_device(where: torch.device, engine: str | None) -> bool:
+        ways.append(engine)
+        return engine is None
+
+    monkeypatch.setattr(device_deltas, "is_decoded_on", on_device)
+    monkeypatch.setattr(pinned_loading, "open_device", shim.device_of())
+    monkeypatch.setattr(device_memory, "engine_of", lambda _: get_device_engine("cuda"))
+    monkeypatch.setattr(device_memory, "stream_of", lambda _: (0, 0))
+    monkeypatch.setattr(device_memory, "current", nullcontext)
+    device = shim.HostDevice()
+    found = speed.deltas(name, device, 1e6, 64, fake_clock(device), "cpu")
+    assert ways == [None] * 6 + ["numba"] * 6
+    assert 0 < found["changed"] < 1
+    assert found["kernels_ms"] == found["flip_ms"] == 2.0
+    assert found["floor_ms"] == pytest.approx(2 * 2 * 4 * 64 * 64 / 1e6 * 1e3)
+    assert device.launched.count("place_changes_2") == 4
+    assert device.launched.count("flip_elements") == 4
 
 
 def test_codewords_are_laid_out_for_dfloat11() -> None:
@@ -213,6 +245,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
     monkeypatch.setattr(identity, "compare_products", lambda device, every: [])
     monkeypatch.setattr(identity, "compare_with_reference", lambda damaged, every: 12)
+    monkeypatch.setattr(identity, "compare_deltas", lambda device, blocks: blocks)
     monkeypatch.setattr(identity, "compare_layers", lambda: 3)
     monkeypatch.setattr(identity, "sanitize", lambda tool, arguments, seconds: {"said": tool})
     monkeypatch.setattr(speed, "copy_rate", lambda: 4e12)
@@ -220,6 +253,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "decoding", lambda name, device, rate, side: decoded(1.0, 1e12))
     monkeypatch.setattr(speed, "layers", lambda side: [])
     monkeypatch.setattr(speed, "loading", lambda side: {"sfp": 1.0})
+    monkeypatch.setattr(speed, "deltas", lambda name, device, rate, side: {"apply_s": 1.0})
 
 
 @pytest.mark.usefixtures("pretended")
@@ -229,21 +263,22 @@ def test_all_parts_run_and_the_exit_code_reports_failures(
     assert check.main(["--out", str(tmp_path)]) == 0
     whole = json.loads((tmp_path / "a-device.json").read_text())
     names = [part["name"] for part in whole["parts"]]
-    assert names[:6] == [
+    assert names[:7] == [
         "kernels compiled",
         "files as by the reference",
         "products as in double precision",
+        "deltas as by the reference",
         "layers as dense ones",
         "copy rate",
         "products",
     ]
     assert names[-4:] == [f"compute-sanitizer: {tool}" for tool in identity.TOOLS]
-    assert {f"peer: {name}" for name in peers.PEERS} < set(names)
+    assert {f"peer: {name}" for name in peers.PEERS} | {f"delta: {name}" for name in speed.STEPS} < set(names)
     monkeypatch.setattr(speed, "layers", lambda side: fails())
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
     monkeypatch.setattr(speed, "copy_rate", fails)
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
-    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 5
+    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 6
 
 
 @pytest.mark.usefixtures("pretended")

@@ -33,6 +33,7 @@ def test_the_source_is_one_string_without_headers() -> None:
     assert "#pragma once" not in text
     for name in (
         "base",
+        "changes",
         "recipe",
         "index",
         "levels",
@@ -62,7 +63,7 @@ def test_every_kernel_compiles_without_spilled_registers(arch: str) -> None:
     blocks = {
         name: int(count)
         for name, count in re.findall(
-            r"^(?:KERNEL|MULTIPLY)\((\w+), (\d),", kernel_source.source(), re.MULTILINE
+            r"^(?:KERNEL|MULTIPLY|COUNT|PLACE)\((\w+), (\d),", kernel_source.source(), re.MULTILINE
         )
     }
     if arch == "sm_100":

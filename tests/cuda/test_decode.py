@@ -21,6 +21,7 @@ from kernels.tools import inputs, shim
 from sfpformat import PRESETS, Exact, Options, Table, Uniform
 from sfpformat.engines import translation
 from sfpformat.engines.cuda import driver, kernel_source, layout, pinned_loading, work
+from sfpformat.engines.cuda.changes import sum_tables
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
@@ -302,10 +303,11 @@ def test_random_planes_give_the_values_or_the_fault_of_the_reference(job: Job, s
 
 
 def test_records_have_the_sizes_that_the_kernels_expect() -> None:
-    sizes = (ctypes.c_uint * 6)()
+    sizes = (ctypes.c_uint * 9)()
     shim.load(shim.build()).record_sizes(sizes)
-    records = (layout.STREAM, layout.RECIPE, layout.JOB, layout.PART, layout.CODE, layout.MATRIX)
-    assert list(sizes) == [record.itemsize for record in records]
+    records = [layout.STREAM, layout.RECIPE, layout.JOB, layout.PART, layout.CODE, layout.MATRIX]
+    records += [layout.CHANGE_TILE, layout.KEY_RANGE]
+    assert list(sizes) == [*(record.itemsize for record in records), sum_tables(8).nbytes]
 
 
 def test_constants_equal_those_of_the_kernels() -> None:

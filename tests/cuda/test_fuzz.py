@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from kernels.tools import fuzz, shim
+from kernels.tools.changes import Comparison, random_comparison
 from sfpformat.engines import get_engine
 from sfpformat.engines.cuda import kernel_source
 from sfpformat.engines.cuda.recipe import kernel_of
@@ -50,8 +53,13 @@ def test_the_sanitiser_reports_an_access_outside() -> None:
 def test_chunks_for_every_kernel_are_damaged() -> None:
     damaged = {kernel_of(sample.decoder.entry) for sample in fuzz.samples(get_engine("python"))}
     others = {"fill_tables", "index_chunks", "place_matrix", "multiply_bf16", "multiply_f16", "multiply_f32"}
+    others |= {f"{kernel}_{item}" for kernel in ("count_keys", "place_changes") for item in (1, 2, 4, 8)}
+    others |= {"sum_keys", "flip_elements"}
     assert damaged | others == set(kernel_source.kernels())
-    device = shim.HostDevice()
+    device, rng = shim.HostDevice(), np.random.default_rng(0)
     multiplied = [sample.compare(sample.data) for sample in fuzz.product_samples(device)]
     assert all(multiplied)
+    comparison = Comparison(device)
+    fit = {random_comparison(comparison, rng, damaged=True) for _ in range(20)}
+    assert fit == {False, True}
     assert others - set(device.launched) == {"fill_tables"}  # no stream has a code

@@ -163,6 +163,19 @@ struct Kernel {
               argument<u32>(a, 7));                                                                           \
      }}
 
+#define COUNTING(NAME)                                                                                        \
+    {#NAME, [](void *const *a) {                                                                              \
+         NAME(argument<const ChangeTile *>(a, 0), argument<u32>(a, 1), argument<const KeyRange *>(a, 2),      \
+              argument<u32 *>(a, 3), argument<const SumTables *>(a, 4));                                      \
+     }}
+
+#define PLACING(NAME)                                                                                         \
+    {#NAME, [](void *const *a) {                                                                              \
+         NAME(argument<const ChangeTile *>(a, 0), argument<u32>(a, 1), argument<const KeyRange *>(a, 2),      \
+              argument<const u32 *>(a, 3), argument<u8 *>(a, 4), argument<u32 *>(a, 5), argument<u32 *>(a, 6), \
+              argument<const SumTables *>(a, 7));                                                             \
+     }}
+
 const Kernel KERNELS[] = {
     {"fill_tables",
      [](void *const *a) { fill_tables(argument<const Code *>(a, 0)); }},
@@ -207,6 +220,23 @@ const Kernel KERNELS[] = {
     MULTIPLYING(multiply_bf16),
     MULTIPLYING(multiply_f16),
     MULTIPLYING(multiply_f32),
+    COUNTING(count_keys_1),
+    COUNTING(count_keys_2),
+    COUNTING(count_keys_4),
+    COUNTING(count_keys_8),
+    PLACING(place_changes_1),
+    PLACING(place_changes_2),
+    PLACING(place_changes_4),
+    PLACING(place_changes_8),
+    {"sum_keys",
+     [](void *const *a) { sum_keys(argument<const KeyRange *>(a, 0)); }},
+    {"flip_elements",
+     [](void *const *a) {
+         flip_elements(
+             argument<const ChangeTile *>(a, 0), argument<const u32 *>(a, 1), argument<const void *>(a, 2),
+             argument<u32>(a, 3), argument<u32>(a, 4)
+         );
+     }},
 };
 
 }  // namespace
@@ -277,6 +307,9 @@ extern "C" void record_sizes(unsigned *sizes) {
     sizes[3] = sizeof(Part);
     sizes[4] = sizeof(Code);
     sizes[5] = sizeof(Matrix);
+    sizes[6] = sizeof(ChangeTile);
+    sizes[7] = sizeof(KeyRange);
+    sizes[8] = sizeof(SumTables);
 }
 
 // Call `rounded` and `widened` of values.cuh, for tests of all patterns.

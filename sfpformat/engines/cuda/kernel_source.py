@@ -36,6 +36,6 @@ def source() -> str:
 def kernels() -> list[str]:
     """Returns the names of the kernels."""
     found = re.findall(
-        r"^extern .*__global__ void (\w+)\(|^(?:KERNEL|MULTIPLY)\((\w+),", source(), re.MULTILINE
+        r"^extern .*__global__ void (\w+)\(|^(?:KERNEL|MULTIPLY|COUNT|PLACE)\((\w+),", source(), re.MULTILINE
     )
     return [plain or made for plain, made in found]

@@ -89,6 +89,22 @@ MATRIX = np.dtype(
     ]
 )
 PART = np.dtype([("job", "<u4"), ("group", "<u4")])
+CHANGE_TILE = np.dtype(
+    [("data", "<u8"), ("count", "<u4"), ("range", "<u4"), ("flags", "<u4"), ("padding", "<u4")]
+)
+KEY_RANGE = np.dtype(
+    [
+        ("counts", "<u8"),
+        ("totals", "<u8"),
+        ("starts", "<u8"),
+        ("first", "<u4"),
+        ("tiles", "<u4"),
+        ("key", "<u4"),
+        ("keys", "<u4"),
+        ("shift", "<u4"),
+        ("is_float", "<u4"),
+    ]
+)
 CODE = np.dtype([("recipe", "<u8"), ("stream", "<u4"), ("code", "<u4")])
 
 ROWS_A_STREAM = 3  # rows of a job's index per stream
@@ -119,3 +135,10 @@ BLOCK_ROWS = 64
 BATCH = 8
 LEVEL_BITS = 4
 MAGNITUDES = 8
+
+# Of the kernels for deltas: elements per tile, keys per range, blocks per range of `sum_keys`.
+TILE_ELEMENTS = 4096
+MOST_KEYS = 256
+KEY_GROUPS = MOST_KEYS // WARP
+NO_RANGE = 0xFFFFFFFF
+IS_CHANGED, IS_BOOL = 1, 2  # flags of a tile

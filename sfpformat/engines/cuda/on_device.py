@@ -7,17 +7,23 @@ from collections.abc import Sequence
 from ...coding.quantisers import F32
 from ...container.entry import TensorEntry
 from . import pinned_loading, product
+from .changes import Changes
 from .product import Product, has_kernels
 from .recipe import Recipe, make_recipe
 from .resident import Resident
 
-__all__ = ["hold", "make_product", "make_recipe", "open_queue"]
+__all__ = ["hold", "make_product", "make_recipe", "open_changes", "open_queue"]
 
 
 def open_queue(number: int, stream: int) -> pinned_loading.Queue:
     """Implements `interface.DeviceEngine`."""
     open_device = pinned_loading.open_device
     return pinned_loading.Queue(open_device(number, stream), lambda: open_device(number, None))
+
+
+def open_changes(number: int, stream: int) -> Changes:
+    """Implements `interface.DeviceEngine`."""
+    return Changes(pinned_loading.open_device(number, stream))
 
 
 def hold(queue: pinned_loading.Queue, recipe: Recipe, entry: TensorEntry, at: int) -> Resident:
