@@ -212,10 +212,15 @@ def place_changes(
         The number of coded elements, or -1 if a dense bucket has fewer levels than elements.
     """
     keys = keys_of(base, kind)
+    coded = (buckets.level < buckets.last) | (buckets.dense == 1)
+    some = np.flatnonzero(coded[keys])
+    by_key = some[np.argsort(keys[some], kind="stable")]
+    counts = np.bincount(keys[some], minlength=kind.keys)
+    ends = np.cumsum(counts)
     found: list[NDArray[np.int64]] = []
     chosen: list[Patterns] = []
-    for key in np.unique(keys):
-        at = np.flatnonzero(keys == key)
+    for key in np.flatnonzero(counts):
+        at = by_key[ends[key] - counts[key] : ends[key]]
         remaining = int(buckets.last[key] - buckets.level[key])
         first = int(buckets.level[key])
         if buckets.dense[key]:
@@ -225,8 +230,7 @@ def place_changes(
         else:
             steps = gaps[int(buckets.gap[key]) : int(buckets.gap[key]) + remaining].astype(np.int64)
             steps[1:] += 1
-            if remaining:
-                steps[0] = buckets.left[key] - 1
+            steps[0] = buckets.left[key] - 1
             ranks = np.cumsum(steps)
             taken = int(np.searchsorted(ranks, len(at)))
             if taken < remaining:

@@ -84,13 +84,6 @@ class PrefixCode:
             word, last = word + 1, bits
         return words
 
-    @cached_property
-    def rank_of(self) -> NDArray[np.uint8]:
-        """Symbol -> its index in `symbols`."""
-        ranks = np.zeros(len(self.length), np.uint8)
-        ranks[self.symbols] = np.arange(len(self.symbols))
-        return ranks
-
 
 def require_shape(extra: bytes, group: int, codes: int, window: int | None = None) -> None:
     """Checks the fields on which the meaning of codewords depends (R-TAB-001 to -003, -009, -011, -012).
@@ -290,30 +283,20 @@ def code_lengths(counts: NDArray[np.integer], limit: int = MAX_CODE_BITS) -> byt
     items = sorted((int(counts[s]), s) for s in used)
     if not 2 <= len(items) <= 1 << limit:
         raise ValueError(f"{len(items)} symbols cannot have codes of at most {limit} bits")
-    weights = [weight for weight, _ in items]
+    # Twice each weight, plus 1 for a pair: sorted, an item then precedes an equal pair.
+    single = np.array([2 * weight for weight, _ in items], np.int64)
     # The merged list of each round, as booleans: whether the element is an item (True) or a pair (False).
-    rounds: list[list[bool]] = [[True] * len(items)]
-    merged = weights
+    rounds = [np.ones(len(items), np.bool_)]
+    merged = single
     for _ in range(limit - 1):
-        pairs = [merged[i] + merged[i + 1] for i in range(0, len(merged) - 1, 2)]
-        merged, is_item = _merge(weights, pairs)
-        rounds.append(is_item)
+        pairs = (merged[0 : len(merged) & ~1 : 2] >> 1) + (merged[1::2] >> 1)
+        merged = np.sort(np.concatenate((single, 2 * pairs + 1)), kind="stable")
+        rounds.append(merged & 1 == 0)
     lengths = bytearray(len(counts))
     taken = 2 * len(items) - 2
     for is_item in reversed(rounds):
-        chosen = sum(is_item[:taken])
+        chosen = int(np.count_nonzero(is_item[:taken]))
         for _, symbol in items[:chosen]:
             lengths[symbol] += 1
         taken = 2 * (taken - chosen)
     return bytes(lengths)
-
-
-def _merge(items: list[int], pairs: list[int]) -> tuple[list[int], list[bool]]:
-    """Merges two ascending lists; an item precedes an equal pair. Returns the list, and which are items."""
-    merged, is_item, i, p = [], [], 0, 0
-    while i < len(items) or p < len(pairs):
-        take_item = p == len(pairs) or (i < len(items) and items[i] <= pairs[p])
-        merged.append(items[i] if take_item else pairs[p])
-        is_item.append(take_item)
-        i, p = (i + 1, p) if take_item else (i, p + 1)
-    return merged, is_item

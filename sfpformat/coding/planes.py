@@ -271,16 +271,14 @@ def _encode_prefix_plane(
     if table.window is not None:
         return encode_windows(classes, counts, codes, table)
     symbols = symbols_of_classes(classes, counts, table.classes, table.group)
-    # One dictionary with all pairs of code and rank, so that bitarray is called once.
-    number = np.repeat(codes, symbol_counts(counts, table.group))
-    ranks, bits = np.zeros(len(symbols), np.int64), np.zeros(len(symbols), np.uint8)
-    words: dict[int, bitarray] = {}
+    # The codeword of each symbol in each code as a number, whose lowest bit is written first.
+    words = np.zeros((len(table.codes), table.classes**table.group), np.uint64)
+    widths = np.zeros(words.shape, np.uint8)
     for i, code in enumerate(table.codes):
-        chosen = number == i
-        rank = code.rank_of[symbols[chosen]]
-        ranks[chosen], bits[chosen] = rank.astype(np.int64) + 256 * i, code.symbol_bits[rank]
-        words |= {256 * i + rank: bitarray(word) for rank, word in enumerate(code.codewords)}
-    plane = bitarray(endian="little")
-    plane.encode(words, ranks.astype(np.uint8).tobytes() if len(table.codes) == 1 else ranks.tolist())
-    prefix_bits = segment_sums(bits, symbol_counts(counts, table.group))
-    return np.frombuffer(plane.tobytes(), np.uint8), prefix_bits
+        words[i, code.symbols] = [int(word[::-1], 2) for word in code.codewords]
+        widths[i, code.symbols] = code.symbol_bits
+    per_segment = symbol_counts(counts, table.group)
+    at = np.repeat(codes, per_segment) * words.shape[1] + symbols
+    bits = widths.reshape(-1)[at]
+    plane, _ = write_bits(words.reshape(-1)[at], bits)
+    return plane, segment_sums(bits, per_segment)

@@ -6,6 +6,9 @@ their classes have widths that grow with the number.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +36,7 @@ _COUNTED = 1 << 16
 # (number of the highest bits below the leading one that are in the class, levels per symbol).
 _OCTAVES = ((0, 2), (0, 1), (1, 1), (2, 1), (3, 1))
 _MAX_EXTRA = 56  # R-TAB-002
+_FINEST = max(fraction for fraction, _ in _OCTAVES)
 
 
 def plan_numbers(
@@ -101,12 +105,14 @@ def _choice(
     if greatest < _COUNTED:
         return choose_numbers(stream, 1 << dtype.bits, options, engine, signed=False)
     best: Choice | None = None
+    fine = fine_classes(numbers)
+    blocks = replace(stream, make=lambda block, counts: (fine[block], counts))
     for fraction, group in _OCTAVES:
         layout = octaves(fraction, least, greatest)
         if len(layout.extra) == 1:
             return one_class(stream, layout, len(numbers)) if layout.top <= 1 << dtype.bits else None
         fits = layout.top <= 1 << dtype.bits and len(layout.extra) <= MAX_CLASSES[group]
-        counts = count_symbols(stream, layout, group, engine) if fits else None
+        counts = count_symbols(blocks, of_fine_classes(layout), group, engine) if fits else None
         found = counts and choose_codes(stream, counts, layout, group, options, engine)
         if found and (best is None or found.bits < best.bits):
             best = found
@@ -135,3 +141,34 @@ def octaves(fraction: int, least: int, greatest: int) -> Layout:
     first = np.searchsorted(np.array(starts, np.uint64), np.uint64(least), side="right") - 1
     stop = np.searchsorted(np.array(starts, np.uint64), np.uint64(greatest), side="right")
     return Layout(starts[first], bytes(widths[first:stop]))
+
+
+def fine_classes(numbers: NDArray[np.unsignedinteger]) -> NDArray[np.uint16]:
+    """Returns the class of each number in the finest layout of `octaves`, counted from that of 0.
+
+    All other layouts have classes that are several of these. So numbers are compared with the starts of
+    classes only once, and counted as small numbers.
+    """
+    if numbers.itemsize == 8:  # not exact as float64
+        return np.asarray(np.searchsorted(_fine_starts(), numbers, side="right") - 1, np.uint16)
+    # Exponent and highest bits of the mantissa; those of 2^(_FINEST + 1) are to be this number.
+    bits = numbers.astype(np.float64).view(np.int64) >> (52 - _FINEST)
+    first = (1023 + _FINEST + 1) << _FINEST
+    return np.where(numbers < 2 << _FINEST, numbers, bits - first + (2 << _FINEST)).astype(np.uint16)
+
+
+@cache
+def _fine_starts() -> NDArray[np.uint64]:
+    layout = octaves(_FINEST, 0, (1 << 64) - 1)
+    widths = np.frombuffer(layout.extra, np.uint8).astype(np.uint64)
+    sizes = np.uint64(1) << widths
+    return np.asarray(np.cumsum(sizes) - sizes)
+
+
+def of_fine_classes(layout: Layout) -> Layout:
+    """Returns the layout of the numbers of `fine_classes` with the same classes as a layout of `octaves`."""
+    widths = np.frombuffer(layout.extra, np.uint8).astype(np.uint64)
+    sizes = np.uint64(1) << widths
+    starts = np.uint64(layout.base) + np.cumsum(sizes) - sizes
+    first, last = (fine_classes(ends).astype(np.int64) for ends in (starts, starts + (sizes - np.uint64(1))))
+    return Layout(int(first[0]), bytes(int(size).bit_length() - 1 for size in last - first + 1))

@@ -38,7 +38,6 @@ EXCUSED: dict[str, tuple[str, ...]] = {
         "write_fields",
         "CodeTable.has_class_of_zeros",
         "PrefixCode.codewords",
-        "PrefixCode.rank_of",
         "pack_lengths",
         "chosen",
         "encode_mask",
