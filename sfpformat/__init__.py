@@ -35,6 +35,7 @@ from .options import PRESETS, Exact, ImportanceOptions, Lossless, Options, Table
 if TYPE_CHECKING:
     from .decode.shards import ShardedFile
     from .deltas.applying import apply_delta
+    from .deltas.indices import write_delta_index
     from .deltas.reading import Delta
     from .deltas.result import DeltaFile
     from .deltas.tensors import Source
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "apply_delta": ".deltas.applying",
     "steps_for_budget": ".encode.budget",
     "write_delta": ".deltas.writing",
+    "write_delta_index": ".deltas.indices",
 }
 
 # Without `open`: ``from sfpformat import *`` must not hide the built-in one.
@@ -96,6 +98,7 @@ __all__ = [
     "steps_for_budget",
     "validate",
     "write_delta",
+    "write_delta_index",
 ]
 
 

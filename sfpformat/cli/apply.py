@@ -16,7 +16,7 @@ from ..encode.writer import Writer
 from ..io.atomic import ReplacedTogether, replacing
 from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
 from .console import bytes_words, show_json
-from .delta_files import Chain, add_deltas, add_output, opened_chain
+from .delta_files import Chain, add_deltas, add_output, opened_chain, paths_of
 from .errors import checked_target, require_suffix
 from .model_files import sub_byte_keys
 from .parser import Parser, Subparsers, examples
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with opened_chain(args) as chain:
         write = _write_sfp if chain.target.suffix == ".sfp" else _write_safetensors
         if args.sharded:
-            written = _write_shards(chain, write, [Path(path) for path in args.deltas])
+            written = _write_shards(chain, write, paths_of(args.deltas))
         else:
             with replacing(chain.target) as file:
                 write(chain, file, chain.specs)

@@ -14,18 +14,20 @@ from numpy.typing import NDArray
 
 from ..container.delta_map import DeltaMap
 from ..container.delta_parts import PARTS, part_name
+from ..decode.delta_maps import joined_map, require_one_kind
 from ..decode.parts import Parts
-from ..decode.reader import SfpFile
 from ..decode.selection import Selection
+from ..decode.shards import ShardIndex
 from ..deltas.parts import separator_for
 from ..deltas.result import DeltaFile, open_chain
 from ..deltas.tensors import Spec, Tensors
 from ..deltas.writing import DeltaWriter, add_from
 from ..errors import FileFault
+from ..io.paths import is_index, model_path
 from ..io.safetensors import SubByte, TensorSpec
 from ..limits import Limits
 from .console import Progress, progress
-from .errors import CommandError, checked_target, path_in_errors, require_file
+from .errors import CommandError, checked_target, path_in_errors
 from .limit_option import add_limits, limits_of
 from .model_files import Model, open_model, sub_byte_keys, sub_byte_of
 
@@ -100,12 +102,22 @@ def opened_chain(args: argparse.Namespace) -> Iterator[Chain]:
         open_model(args.base, limits=limits) as base,
         open_result(base, args.deltas, limits) as result,
     ):
-        target = checked_target(args.output, [*base.paths(), *map(Path, args.deltas)])
+        target = checked_target(args.output, [*base.paths(), *paths_of(args.deltas)])
         specs = result_specs(base, result)
         nbytes = sum(spec.nbytes for spec in specs)
         within = chain_in_errors(base, args.deltas)
         with progress(nbytes, target.name) as shown, path_in_errors(target), within:
             yield Chain(base, result, specs, nbytes, target, limits, shown)
+
+
+def paths_of(deltas: Iterable[str | Path]) -> list[Path]:
+    """Returns the paths of the files of deltas that were opened: with an index, also those of its shards."""
+    out: list[Path] = []
+    for path in map(model_path, deltas):
+        out.append(path)
+        if is_index(path):
+            out += [path.parent / name for name in ShardIndex.read(path).files()]
+    return out
 
 
 def add_tensors(
@@ -116,6 +128,7 @@ def add_tensors(
     shown: Progress,
     *,
     parts: bool = True,
+    removed: Iterable[str] | None = None,
 ) -> None:
     """Adds the tensors of a base and a result to a delta.
 
@@ -128,6 +141,8 @@ def add_tensors(
         result: the tensors of the result.
         shown: the progress.
         parts: same as for `write_delta`.
+        removed: the names of the tensors of the base that the result does not have. None: all that are not
+            among ``specs``.
     """
     kept, old = set(), ModelTensors(base)
     for spec in specs:
@@ -139,9 +154,8 @@ def add_tensors(
             other = None if before.sub_byte == spec.sub_byte else keys
         add_from(writer, spec.name, old, result, parts=parts, other=other)
         shown.advance(spec.nbytes)
-    for name in base.specs:
-        if name not in kept:
-            writer.add(name, base.read(name), None)
+    for name in [name for name in base.specs if name not in kept] if removed is None else removed:
+        writer.add(name, base.read(name), None)
 
 
 def separator_of(base: Model, specs: Iterable[TensorSpec]) -> str:
@@ -157,10 +171,8 @@ def open_result(base: Model, paths: Sequence[str], limits: Limits) -> DeltaFile:
         OSError: a file cannot be read.
     """
     for path in paths:
-        require_file(path)
-    for path in paths:
-        with path_in_errors(path), SfpFile(path, limits=limits) as file:
-            if file.directory.delta is None:
+        with open_model(path, kind="sfp", deltas=True, limits=limits) as model:
+            if not is_delta(model):
                 raise CommandError(f"{path}: is a model, not a delta; name the base first, then the deltas")
     with chain_in_errors(base, paths):
         return open_chain(ModelTensors(base), [Path(path) for path in paths], limits=limits)
@@ -226,8 +238,20 @@ def words_of(found: DeltaMap) -> str:
 
 def is_delta(model: Model) -> bool:
     """Returns whether an open model is a delta."""
-    file = next(iter(model.files.values()), None)
-    return isinstance(file, SfpFile) and file.directory.delta is not None
+    return delta_of(model) is not None
+
+
+def delta_of(model: Model) -> DeltaMap | None:
+    """Returns what a delta says about base and result, all shards together; None for a model.
+
+    Raises:
+        CommandError: only some of the shards are deltas, or the shards do not fit together.
+    """
+    if model.kind != "sfp":
+        return None
+    with path_in_errors(model.path):
+        maps = require_one_kind(list(model.files), [file.directory.delta for file in model.files.values()])
+    return joined_map(maps) if maps else None
 
 
 class Result:

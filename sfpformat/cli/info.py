@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from fnmatch import fnmatchcase
 
-from ..container.delta_map import DeltaMap
 from ..container.preamble import MAJOR
-from ..decode.reader import SfpFile
 from ..names import quoted, unmatched
 from .console import bytes_words, number, percent, printable, show_json, show_table
-from .delta_files import kinds_of, words_of
+from .delta_files import delta_of, kinds_of, words_of
 from .errors import CommandError, path_in_errors
 from .limit_option import add_limits, limits_of
 from .model_files import Model, open_model, sub_byte_of
@@ -106,14 +104,8 @@ def _version(model: Model) -> str:
     return f"{MAJOR}.{max(minors, default=0)}"
 
 
-def _delta(model: Model) -> DeltaMap | None:
-    """Returns what a delta says about base and result; None for a model."""
-    file = next(iter(model.files.values()), None)
-    return file.directory.delta if isinstance(file, SfpFile) else None
-
-
 def _delta_json(model: Model) -> dict[str, object]:
-    delta = _delta(model)
+    delta = delta_of(model)
     assert delta is not None
     return {
         "base": delta.base,
@@ -140,7 +132,7 @@ def _show_json(model: Model, reports: list[TensorReport], totals: Totals) -> Non
             "format": _version(model),
             "shards": list(model.files) if model.sharded else [],
             "metadata": model.metadata(),
-            "delta": None if _delta(model) is None else _delta_json(model),
+            "delta": None if delta_of(model) is None else _delta_json(model),
             "totals": totals.to_json(),
             "tensors": [report.to_json() for report in reports],
         }
@@ -151,7 +143,7 @@ def _show(model: Model, reports: list[TensorReport], totals: Totals) -> None:
     show_table(_HEADER, [_row(report) for report in reports], _TEXT_COLUMNS)
     shards = f", {len(model.files)} shards" if model.sharded else ""
     print(f"{printable(str(model.path))}: format {_version(model)}{shards}")
-    delta = _delta(model)
+    delta = delta_of(model)
     if delta is not None:
         base = "" if delta.base is None else f" of {printable(quoted(delta.base))}"
         print(f"a delta{base}: {words_of(delta)}; the table shows the tensors that it stores")

@@ -100,10 +100,7 @@ class Model(Closing):
             start = file.read(HEAD_BYTES)
         if start.startswith(MAGIC[:4]) or self.path.suffix == ".sfp":
             opened = self._stack.enter_context(SfpFile(self.path, limits=self._limits))
-            if opened.directory.delta is not None and not self._deltas:
-                raise CommandError(
-                    f"{self.path}: is a delta, not a model; 'sfp apply BASE {self.path}' makes the model"
-                )
+            self._require_kind(opened)
             self.files[self.path.name] = opened
             return "sfp"
         if not is_like_safetensors(start) and self.path.suffix != ".safetensors":
@@ -114,11 +111,21 @@ class Model(Closing):
         self.files[self.path.name] = self._stack.enter_context(SafetensorsFile(self.path))
         return "safetensors"
 
+    def _require_kind(self, file: SfpFile) -> None:
+        """Raises CommandError for a delta, unless the caller accepts deltas."""
+        if file.directory.delta is not None and not self._deltas:
+            raise CommandError(
+                f"{self.path}: is a delta, not a model; 'sfp apply BASE {self.path}' makes the model"
+            )
+
     def _open_shards(self) -> str:
         index = ShardIndex.read(self.path, subfolders=not self.path.name.endswith(f".sfp{INDEX_SUFFIX}"))
         names = index.files()
         if names and all(name.endswith(".sfp") for name in names):
-            self.files = dict(self._stack.enter_context(ShardedFile(self.path, limits=self._limits)).files)
+            shards = self._stack.enter_context(ShardedFile(self.path, limits=self._limits))
+            self.files = dict(shards.files)
+            for file in shards.files.values():
+                self._require_kind(file)
             return "sfp"
         for name in names:
             shard = self.path.parent / name

@@ -258,13 +258,13 @@ class Listed(Protocol):
         """Its structure, if it is the weights of a tensor in parts."""
 
 
-def require_parts(tensors: Sequence[Listed], separator: str, at: int) -> None:
+def require_parts(tensors: Sequence[Listed], separator: str, at: int | None) -> None:
     """Checks that a delta lists the parts of each tensor that has a structure (R-DLT-018).
 
     Args:
         tensors: the list of the delta.
         separator: what stands between the name of a tensor and that of a part.
-        at: the offset of the structures, for errors.
+        at: the offset of the structures, for errors; None if they are in several files.
     """
     known = {tensor.name: tensor for tensor in tensors if tensor.kind != "removed"}
     for tensor in tensors:

@@ -34,7 +34,14 @@ def open_any(
         return _model(SfpFile(path, limits=limits, engine=engine, threads=threads), str(path))
     from .shards import ShardedFile  # lazy: most models have one file
 
-    return ShardedFile(path, limits=limits, engine=engine, threads=threads)
+    shards = ShardedFile(path, limits=limits, engine=engine, threads=threads)
+    try:
+        for shard in shards.files.values():
+            _model(shard, str(path))
+    except BaseException:
+        shards.close()
+        raise
+    return shards
 
 
 def _model(file: SfpFile, what: str) -> SfpFile:

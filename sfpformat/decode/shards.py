@@ -81,10 +81,13 @@ class ShardIndex:
     Attributes:
         weight_map: tensor name -> file name. Names of `.sfp` files have no directory part.
         metadata: the ``metadata`` object. Its ``total_size`` is the decoded size of all tensors, in bytes.
+        listed: of `.sfp` files, the ``files`` of the metadata: names of all shards, also of those without
+            tensors.
     """
 
     weight_map: dict[str, str]
     metadata: dict[str, object]
+    listed: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Returns the JSON text, in UTF-8."""
@@ -117,7 +120,8 @@ class ShardIndex:
                 raise SafetensorsError(f"tensor {quoted(name)}: {words}")
             if not subfolders and ("/" in file or not _is_below(file)):
                 raise fault("R-SHD-002", f"{quoted(file)} is not a plain file name", tensor=name)
-        return cls(weight_map, metadata)
+        listed = () if subfolders else _plain_names(metadata.get("files", []))
+        return cls(weight_map, metadata, listed)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], *, subfolders: bool = False) -> ShardIndex:
@@ -139,8 +143,8 @@ class ShardIndex:
         return cls.from_bytes(data, subfolders=subfolders)
 
     def files(self) -> list[str]:
-        """Returns the names of the files, ascending."""
-        return sorted(set(self.weight_map.values()))
+        """Returns the names of the files, ascending, also of those without tensors that it lists."""
+        return sorted({*self.weight_map.values(), *self.listed})
 
     def misplaced(self, found: Mapping[str, Iterable[str]]) -> tuple[str, str] | None:
         """Returns the first item of `all_misplaced`, or None."""
@@ -194,6 +198,16 @@ class ShardIndex:
                 repeated.append(name)
         unlisted = [name for name in places if name not in self.weight_map]
         return Placement(files, missing, unlisted, moved, repeated)
+
+
+def _plain_names(files: object) -> tuple[str, ...]:
+    """Returns the list of all shards in the metadata of an index, after checking it (R-SHD-002)."""
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise SafetensorsError("'files' in the 'metadata' of the index is not an array of file names")
+    for file in files:
+        if "/" in file or not _is_below(file):
+            raise fault("R-SHD-002", f"{quoted(file)} is not a plain file name")
+    return tuple(files)
 
 
 def _is_below(file: str) -> bool:

@@ -17,6 +17,7 @@ from ..coding.planes import greatest_trims, symbol_counts, symbols_of_classes
 from ..coding.quantisers import Exact, Quantiser
 from ..coding.windows import levels_outside
 from ..container.chunk import excess_in_index
+from ..container.delta_map import DeltaMap
 from ..container.directory import entry_faults
 from ..container.entry import TensorEntry
 from ..container.preamble import SIZE, Preamble
@@ -24,6 +25,7 @@ from ..errors import FileFault, fault, placed
 from ..io.paths import is_index, model_path
 from ..io.source import Readable, open_source
 from ..limits import DEFAULT_LIMITS, Limits
+from .delta_maps import require_one_kind
 from .reader import SfpFile, require_within_limits
 from .tensor import Chunk, TensorDecoder
 
@@ -137,14 +139,20 @@ def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report,
         report.faults.append(error)
         return report, []
     found: dict[str, list[str]] = {}
+    maps: list[DeltaMap | None] = []
     for name in index.files():
         with (
             contextlib.suppress(FileFault),
             SfpFile(path.with_name(name), limits=limits, threads=1) as shard,
         ):
             found[name] = shard.keys()
+            maps.append(shard.directory.delta)
     report.tensors = len(index.weight_map)
     report.faults += [fault("R-SHD-001", words, tensor=name) for name, words in index.all_misplaced(found)]
+    try:
+        require_one_kind(list(found), maps)
+    except FileFault as error:
+        report.faults.append(error)
     return report, index.files()
 
 

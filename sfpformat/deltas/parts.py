@@ -73,7 +73,7 @@ class PartTensors:
         Raises:
             BaseMismatchError: a part has the name of another tensor of the base.
         """
-        self.whole, self._offset = whole, delta.file.preamble.directory_offset
+        self.whole, self._offset = whole, delta.offset
         separator = delta.map.separator
         assert separator is not None
         listed = {tensor.name: tensor for tensor in delta.map.tensors if tensor.kind != "added"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -13,12 +14,15 @@ from numpy.typing import NDArray
 
 from ..coding.changes import NEVER, Patterns, kind_of, open_buckets
 from ..coding.quantisers import patterns_to_levels
-from ..container.delta_map import DeltaMap, DeltaTensor, Pool
+from ..container.delta_map import DeltaTensor, Pool
+from ..decode.delta_maps import joined_map, maps_of
 from ..decode.reader import SfpFile
 from ..decode.selection import Selection
+from ..decode.shards import ShardedFile
 from ..engines import Engine, Misfit, get_engine
 from ..errors import FileFault, OptionError, fault, placed
 from ..io.closing import Closing
+from ..io.paths import is_index, model_path
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
@@ -242,8 +246,9 @@ class Delta(Closing):
     """An open delta, without its base. A context manager.
 
     Attributes:
-        file: the file, whose tensors are those that the delta stores.
-        map: what it says about the tensors of base and result.
+        file: the file or the shards, whose tensors are those that the delta stores.
+        map: what it says about the tensors of base and result; of shards, what all of them say.
+        offset: offset of the map, for errors; None for shards.
         requested: the engine that the caller requested.
     """
 
@@ -255,17 +260,25 @@ class Delta(Closing):
         engine: str | None = None,
         threads: int | None = None,
     ) -> None:
-        """Opens a file. Same arguments and errors as `sfpformat.open`.
+        """Opens a file, or the shards of an index. Same arguments and errors as `sfpformat.open`.
 
         Raises:
             OptionError: the file is not a delta.
         """
-        self.file = SfpFile(readable, limits=limits, engine=engine, threads=threads)
-        if self.file.directory.delta is None:
+        path = model_path(readable) if isinstance(readable, (str, os.PathLike)) else None
+        self.file: SfpFile | ShardedFile
+        if path is not None and is_index(path):
+            self.file = ShardedFile(path, limits=limits, engine=engine, threads=threads)
+        else:
+            source = readable if path is None else path
+            self.file = SfpFile(source, limits=limits, engine=engine, threads=threads)
+        try:
+            self._parts = maps_of(self.file)
+            self.map = joined_map([map_ for _, map_ in self._parts])
+        except BaseException:
             self.file.close()
-            raise OptionError("the file is a model, not a delta; give the delta")
-        self.map: DeltaMap = self.file.directory.delta
-        self._offset = self.file.preamble.directory_offset  # of the map, for errors
+            raise
+        self.offset = self.file.preamble.directory_offset if isinstance(self.file, SfpFile) else None
         self._pools: list[PoolChanges] | None = None
         weights = sum(tensor.elements for tensor in self.map.tensors)
         self.engine, self.requested = get_engine(engine, weights), engine
@@ -288,8 +301,11 @@ class Delta(Closing):
         """
         with self._lock:
             if self._pools is None:
-                pairs = zip(self.map.pools, self.map.members(), strict=True)
-                self._pools = [PoolChanges(self.file, pool, each, self.map.block) for pool, each in pairs]
+                self._pools = [
+                    PoolChanges(file, pool, each, map_.block)
+                    for file, map_ in self._parts
+                    for pool, each in zip(map_.pools, map_.members(), strict=True)
+                ]
             return self._pools
 
     def require_base(self, specs: Mapping[str, Spec]) -> None:
@@ -303,23 +319,23 @@ class Delta(Closing):
             if tensor.kind == "added":
                 if found is not None:
                     words = "the base has this tensor, which the delta adds; was the delta applied before?"
-                    raise fault("R-DLT-009", words, tensor=tensor.name, offset=self._offset)
+                    raise fault("R-DLT-009", words, tensor=tensor.name, offset=self.offset)
                 continue
             if found is None:
                 raise fault(
-                    "R-DLT-009", "the base has no such tensor", tensor=tensor.name, offset=self._offset
+                    "R-DLT-009", "the base has no such tensor", tensor=tensor.name, offset=self.offset
                 )
             if tensor.kind != "replaced" and found != (tensor.dtype, tensor.shape):
                 words = f"the base has {found.dtype.name} {list(found.shape)}, the delta needs "
                 words += f"{tensor.dtype.name} {list(tensor.shape)}"
                 if tensor.structure is not None:
                     words += "; these are levels, so that the base must be the .sfp file"
-                raise fault("R-DLT-009", words, tensor=tensor.name, offset=self._offset)
+                raise fault("R-DLT-009", words, tensor=tensor.name, offset=self.offset)
         known = {tensor.name for tensor in self.map.tensors}
         for name in specs:
             if name not in known:
                 words = "the delta was made from a base without this tensor"
-                raise fault("R-DLT-009", words, tensor=name, offset=self._offset)
+                raise fault("R-DLT-009", words, tensor=name, offset=self.offset)
 
     def require_elements(self) -> None:
         """Checks that the delta compares only elements, so that it can be applied to arrays.
@@ -343,7 +359,7 @@ class Delta(Closing):
             words = f"the base has the checksum {found:08x}, the delta needs {tensor.base:08x}; "
             was_applied = found == tensor.result and tensor.kind in ("changed", "replaced")
             words += "the delta was applied before" if was_applied else "the delta was made from another base"
-            raise fault("R-DLT-009", words, tensor=tensor.name, offset=self._offset)
+            raise fault("R-DLT-009", words, tensor=tensor.name, offset=self.offset)
 
     def require_result(self, tensor: DeltaTensor, found: int) -> None:
         """Checks the checksum of a tensor of the result (R-DLT-012).
@@ -353,7 +369,7 @@ class Delta(Closing):
         """
         if found != tensor.result:
             words = f"the result has the checksum {found:08x}, the delta promises {tensor.result:08x}"
-            raise fault("R-DLT-012", words, tensor=tensor.name, offset=self._offset)
+            raise fault("R-DLT-012", words, tensor=tensor.name, offset=self.offset)
 
     def stored(self, tensor: DeltaTensor) -> NDArray[np.generic]:
         """Returns a replaced or added tensor.

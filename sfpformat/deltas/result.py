@@ -277,7 +277,7 @@ class DeltaFile(Closing):
             return self._in_parts(tensor)
         if tensor.kind in ("replaced", "added"):
             self.get_tensor(name)  # compares the checksum
-            return parts_of(self.delta.file, name)
+            return parts_of(self.delta.file.file_of(name), name)
         return None
 
     def get_mask(self, name: str) -> Mask:
@@ -319,7 +319,7 @@ class DeltaFile(Closing):
                 names = names_of_parts(tensor, separator, self._tensors)
                 arrays = {part: self._whole(self._tensors[name])[0] for part, name in names.items()}
                 found = Parts.of_arrays(tensor.structure, tensor.shape, arrays)
-                with placed(tensor=tensor.name, base=self.delta.file.preamble.directory_offset):
+                with placed(tensor=tensor.name, base=self.delta.offset):
                     found.require_valid()
                 self._recent_parts = tensor.name, found
             return self._recent_parts[1]

@@ -173,7 +173,7 @@ class _SlicedChange:
                 )
         return [result for _, result in received]
 
-    def _layout(self) -> tuple[tuple[int, int], dict[str, tuple[Any, ...]]]:
+    def _layout(self) -> tuple[object, dict[str, tuple[Any, ...]]]:
         """Returns the identity of the delta, and dtype, shape, start and size of each part."""
         out = {}
         known = {tensor.name: tensor for tensor in self._delta.map.tensors}
@@ -352,7 +352,7 @@ def _run_lengths(ascending: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArr
     return ascending[starts], np.diff(starts, append=len(ascending))
 
 
-def _boxes_of(layouts: list[tuple[tuple[int, int], dict[str, tuple[Any, ...]]]]) -> dict[str, list[_Box]]:
+def _boxes_of(layouts: list[tuple[object, dict[str, tuple[Any, ...]]]]) -> dict[str, list[_Box]]:
     """Returns the boxes of each tensor. All processes come to the same result or error.
 
     Raises:

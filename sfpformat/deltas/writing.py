@@ -91,6 +91,7 @@ class DeltaWriter:
         metadata: dict[str, str] | None = None,
         block: int = BLOCK,
         separator: str = "/",
+        shard: int | None = None,
         engine: str | None = None,
         threads: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
@@ -104,6 +105,8 @@ class DeltaWriter:
             block: elements per block, 1 to 2^24. A reader needs the base's elements of whole blocks.
             separator: what stands between the names of a tensor and of its parts, for `add_parts`. No other
                 tensor may have the name of a part.
+            shard: the number of the shard, from 1, if the delta has several; see `write_delta_index`. None
+                for a delta in one file.
             engine, threads, limits: same as for `Writer`.
 
         Raises:
@@ -113,6 +116,8 @@ class DeltaWriter:
         """
         if not isinstance(block, int) or not 1 <= block <= MAX_BLOCK:
             raise OptionError(f"block is {block!r}, must be a number from 1 to {MAX_BLOCK}")
+        if shard is not None and (not isinstance(shard, int) or shard < 1):
+            raise OptionError(f"shard is {shard!r}, must be a number from 1")
         if base_name is not None and (not isinstance(base_name, str) or "\0" in base_name):
             raise OptionError(f"base_name is {base_name!r}, must be a string without U+0000")
         self._threads = threads or os.cpu_count() or 1
@@ -124,6 +129,8 @@ class DeltaWriter:
         self._names: set[str] = set()
         self._written: DeltaMap | None = None
         self._separator = separator
+        # The tensors of the shards of a model must have different names (R-SHD-001).
+        self._of_shard = "" if shard is None else f".{shard}"
         self._open_pools: dict[str, _OpenPool] = {}
         self._pools: list[Pool] = []  # those that are written
         self._open = True
@@ -322,7 +329,7 @@ class DeltaWriter:
         kind = kind_of(pool.dtype)
         blocks = [_result_of(job) for job in pool.coded]
         names = [
-            self._unused_name(f"{pool.dtype.name}.{number}.{word}")
+            self._unused_name(f"{pool.dtype.name}{self._of_shard}.{number}.{word}")
             for word in ("counts", "gaps", "differences")
         ]
         counts = _joined([block.counts for block in blocks], np.dtype("<u4"))

@@ -23,6 +23,7 @@ from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, require_mapping
 from .device_deltas import apply_on_device, device_for
+from .sharded_deltas import write_sharded_delta
 from .sliced_deltas import SliceIndex, apply_slices, is_distributed
 from .tensors import Array, address_of, array_of, memory_of, require_memory, tensor_of
 from .ties import TiedNames
@@ -42,6 +43,7 @@ def write_delta(
     metadata: dict[str, str] | None = None,
     parts: bool = False,
     block: int = writing.BLOCK,
+    group: Any = None,
     engine: str | None = None,
     threads: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -50,26 +52,49 @@ def write_delta(
 
     ``write_delta("step-18.sfp", "step-17.safetensors", model)``
 
+    If ``new`` has DTensors, as a model after ``fully_shard``, all processes of ``group`` call this function.
+    It gathers one tensor at a time, never the whole model. The first process writes the file; or, if ``path``
+    is that of an index, ``step-18.sfp.index.json``, each process writes a file, with a part of the tensors.
+    All files appear, or none.
+
     Args:
-        path: the file to write.
+        path: the file to write, or the index of the files of all processes.
         base, new: the base and the result: a module, a state dict, an open file, or the path of an `.sfp` or
             safetensors file or of an index. Of tied tensors of a module, only the first name in alphabetical
-            order counts, as for `save_model`.
+            order counts, as for `save_model`. DTensors of ``base``, such as copies of those of ``new`` before
+            a step, are gathered, too.
         parts: same as for `sfpformat.write_delta`, but false by default: `apply_delta` takes only elements.
+        group: the processes of ``torch.distributed`` that hold DTensors. None stands for all.
         base_name, metadata, block, engine, threads, limits: same as for `sfpformat.write_delta`.
 
     Returns:
-        What the file says about the tensors.
+        What the file says about the tensors; of several files, what all of them say.
 
     Raises:
-        OptionError: an argument is invalid, a tensor has no memory of its own, or the format lacks its dtype.
+        OptionError: an argument is invalid, a tensor has no memory of its own, or the format lacks its dtype;
+            or the processes have different tensors.
+        ProcessError: another process failed. No process wrote anything.
         InvalidFileError, UnsupportedError, LimitError, SafetensorsError: ``base`` or ``new`` is damaged.
         OSError: a file cannot be read or written.
     """
+    named = named_tensors(new)
+    if isinstance(named, Mapping) and any(map(is_distributed, named.values())):
+        return write_sharded_delta(
+            path,
+            named_tensors(base),
+            named,
+            group,
+            base_name=base_name,
+            metadata=metadata,
+            block=block,
+            engine=engine,
+            threads=threads,
+            limits=limits,
+        )
     return writing.write_delta(
         path,
         arrays_of(base),
-        arrays_of(new),
+        arrays_of(named),
         base_name=base_name,
         metadata=metadata,
         parts=parts,
@@ -84,13 +109,21 @@ def arrays_of(
     source: Source,
 ) -> Mapping[str, Array] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]:
     """Returns the tensors of a module or state dict as arrays; other sources unchanged."""
-    if isinstance(source, torch.nn.Module):
-        state = dict(source.state_dict(keep_vars=True))
-        tied = TiedNames(state)
-        source = {name: tensor for name, tensor in state.items() if tied.kept(name) == name}
-    if isinstance(source, Mapping):
-        return {name: array_of(tensor, name) for name, tensor in source.items()}
-    return source
+    named = named_tensors(source)
+    if isinstance(named, Mapping):
+        return {name: array_of(tensor, name) for name, tensor in named.items()}
+    return named
+
+
+def named_tensors(
+    source: Source,
+) -> Mapping[str, torch.Tensor] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]:
+    """Returns the tensors of a module, tied ones under one name; other sources unchanged."""
+    if not isinstance(source, torch.nn.Module):
+        return source
+    state = dict(source.state_dict(keep_vars=True))
+    tied = TiedNames(state)
+    return {name: tensor for name, tensor in state.items() if tied.kept(name) == name}
 
 
 def apply_delta(

@@ -209,6 +209,75 @@ def test_models_in_shards_give_a_delta_and_are_made_again_in_shards(
     assert places["z.added"] == shards[-1]
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".sfp"])
+def test_a_delta_in_shards_is_one_delta_for_each_command(
+    tmp_path: Path, suffix: str, capsys: Capture
+) -> None:
+    base = {name: array for name, array in arrays().items() if name != "flags"}
+    new = {**stepped(base), "z.added": np.arange(5.0)}
+    del new["scalar"]
+    before, after = sharded(tmp_path / "base", base), sharded(tmp_path / "new", new)
+    if suffix == ".sfp":
+        for path in (before, after):
+            assert sfp("pack", path, "-o", path.parent / "model.sfp") == 0
+        before, after = (path.with_name("model.sfp.index.json") for path in (before, after))
+    target, index = tmp_path / "d.sfp", tmp_path / "d.sfp.index.json"
+    capsys.readouterr()
+    assert sfp("delta", before, after, "-o", target, "--sharded", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kinds"] == {"changed": 4, "unchanged": 2, "added": 1, "removed": 1}
+    shards = sorted(tmp_path.glob("d-*.sfp"))
+    assert [path.name for path in shards] == [f"d-0000{n}-of-00003.sfp" for n in (1, 2, 3)]
+    assert found["bytes"] == sum(path.stat().st_size for path in shards)
+    assert not target.exists()
+    assert sfp("verify", index, "--base", before) == 0
+    capsys.readouterr()
+    assert sfp("info", index, "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["delta"]["kinds"] == found["kinds"]
+    assert described["shards"] == [path.name for path in shards]
+    made, squashed = tmp_path / f"made{suffix}", tmp_path / "squashed.sfp"
+    assert sfp("apply", before, index, "-o", made, "--sharded") == 0
+    assert sfp("diff", after, tmp_path / f"made{suffix}.index.json") == 0
+    assert sfp("squash", before, index, "-o", squashed) == 0
+    assert sfp("apply", before, squashed, "-o", tmp_path / "one.safetensors") == 0
+    assert sfp("diff", after, tmp_path / "one.safetensors") == 0
+    assert sfp("diff", before, index) == 1
+    capsys.readouterr()
+    kept = {path: path.read_bytes() for path in (index, *shards)}
+    for words, said in (
+        (("apply", before, index, "-o", shards[0]), "is an input file"),
+        (("unpack", index, "-o", tmp_path / "x.safetensors"), "is a delta, not a model"),
+        (("apply", before, shards[0], "-o", tmp_path / "x.safetensors"), "without this tensor"),
+    ):
+        assert sfp(*words) == 2
+        assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_failed_delta_in_shards_leaves_the_old_one(tmp_path: Path, capsys: Capture) -> None:
+    base = {name: array for name, array in arrays().items() if name != "flags"}
+    before, after = sharded(tmp_path / "base", base), sharded(tmp_path / "new", stepped(base))
+    assert sfp("pack", after, "-o", tmp_path / "new" / "packed.sfp") == 0
+    words = (
+        "delta",
+        before,
+        tmp_path / "new" / "packed.sfp.index.json",
+        "-o",
+        tmp_path / "d.sfp",
+        "--sharded",
+    )
+    assert sfp(*words) == 0
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    last = tmp_path / "new" / "packed-00003-of-00003.sfp"
+    damaged = bytearray(last.read_bytes())
+    damaged[64] ^= 1
+    last.write_bytes(damaged)
+    assert sfp(*words) == 2
+    assert "packed-00003-of-00003.sfp: E_CRC" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == kept
+
+
 def test_shards_do_not_replace_those_of_the_base(tmp_path: Path, capsys: Capture) -> None:
     base = {name: array for name, array in arrays().items() if name != "flags"}
     before, after = sharded(tmp_path / "base", base), sharded(tmp_path / "new", stepped(base))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sfpformat import BaseMismatchError, MismatchError, OptionError
+from sfpformat import BaseMismatchError, DeltaWriter, MismatchError, OptionError, write_delta_index
+from sfpformat.torch.tensors import array_of
 from sfpformat.torch.weight_sync import DeltaReceiver, DeltaSender, DeltaWeightTransfer, WeightSyncCallback
 from sfpformat.torch.weight_sync.trl_transfer import _TRL, require_interface
 
@@ -59,6 +60,26 @@ def test_a_receiver_follows_a_sender(tmp_path: Path, with_base: bool) -> None:
     late = DeltaReceiver(number=4)
     late.catch_up(tmp_path)
     assert same(late.tensors, model)
+
+
+def test_a_receiver_follows_deltas_in_shards(tmp_path: Path) -> None:
+    model = net()
+    receiver, before = DeltaReceiver(model), {n: w.clone() for n, w in model.state_dict().items()}
+    step(model)
+    paths = [tmp_path / f"weights-00000001-0000{n}-of-00002.sfp" for n in (1, 2)]
+    for number, path in enumerate(paths):
+        with DeltaWriter(path, shard=number + 1) as writer:
+            for name, weight in list(model.state_dict().items())[number::2]:
+                writer.add(name, *(array_of(tensor, name) for tensor in (before[name], weight)))
+    write_delta_index(tmp_path / "weights-00000001.sfp.index.json", paths)
+    assert set(receiver.read(tmp_path / "weights-00000001.sfp.index.json")) == set(before)
+    assert set(receiver.catch_up(tmp_path)) == set(before)
+    assert same(receiver.tensors, model)
+    step(model)
+    later = DeltaSender(tmp_path, base={n: w.clone() for n, w in receiver.tensors.items()})
+    assert later.send(model.named_parameters()).number == 2
+    receiver.catch_up(tmp_path)
+    assert same(receiver.tensors, model)
 
 
 def test_a_new_sender_continues_the_numbers_of_a_folder(tmp_path: Path) -> None:

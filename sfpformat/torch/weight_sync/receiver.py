@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...decode.opening import open_any
 from ...decode.reader import SfpFile
+from ...decode.shards import ShardedFile
 from ...deltas import applying
 from ...deltas.reading import Delta
 from ...deltas.result import DeltaFile
 from ...errors import OptionError
+from ...io.paths import is_index
 from ..deltas import Source
 from ..tensors import Array, tensor_of
 from .sender import copied_base, numbered
@@ -87,7 +90,7 @@ class DeltaReceiver:
             InvalidFileError, LimitError, OSError: the file cannot be read.
         """
         if not is_delta(path):
-            with SfpFile(path, engine=self._engine, threads=self._threads) as file:
+            with open_any(path, engine=self._engine, threads=self._threads) as file:
                 whole = file.get_tensors()
             return {n: Patch(a.shape, None, tensor_of(a.reshape(-1))) for n, a in whole.items()}
         out = {}
@@ -118,7 +121,7 @@ class DeltaReceiver:
             InvalidFileError, LimitError, OSError: the file cannot be read.
         """
         if not is_delta(path):
-            with SfpFile(path, engine=self._engine, threads=self._threads) as file:
+            with open_any(path, engine=self._engine, threads=self._threads) as file:
                 self._arrays = file.get_tensors()
             return list(self._arrays)
         with Delta(path, engine=self._engine, threads=self._threads) as delta:
@@ -155,6 +158,9 @@ class DeltaReceiver:
 
 
 def is_delta(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a file is a delta, not all weights."""
+    """Returns whether a file, or that of an index, is a delta, not all weights."""
+    if is_index(path):
+        with ShardedFile(path) as shards:
+            return any(shard.directory.delta is not None for shard in shards.files.values())
     with SfpFile(path) as file:
         return file.directory.delta is not None

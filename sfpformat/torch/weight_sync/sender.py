@@ -18,7 +18,7 @@ from ...names import quoted
 from ..deltas import Source, arrays_of
 from ..tensors import Array, array_of
 
-_FILE = re.compile(r"weights-(\d{8})\.sfp")
+_FILE = re.compile(r"weights-(\d{8})\.sfp(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Sent:
 
 
 def numbered(folder: str | os.PathLike[str]) -> dict[int, Path]:
-    """Returns number -> path of the files that senders wrote into a folder, ascending."""
+    """Returns number -> path of the files that senders wrote into a folder, or of indices, ascending."""
     found = {}
-    for path in Path(folder).iterdir():
+    for path in sorted(Path(folder).iterdir()):
         name = _FILE.fullmatch(path.name)
         if name is not None:
             found[int(name[1])] = path
@@ -69,7 +69,8 @@ class DeltaSender:
     ``sender = DeltaSender("sync", base=model); ...; sender.send(model.named_parameters())``
 
     Files appear complete or not at all, and are numbered, so that a `DeltaReceiver` can apply them in order.
-    Keeps a copy of the weights in CPU memory; two copies during `send`.
+    Keeps a copy of the weights in CPU memory; two copies during `send`. A model in DTensors needs no sender:
+    `sfpformat.torch.write_delta` writes ``weights-00000001.sfp.index.json`` and its shards, and so on.
     """
 
     def __init__(
