@@ -44,6 +44,9 @@ DELTAS = 400
 _TOOL_SECONDS = 60.0
 _PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "torch", "nvidia-nvcomp-cu13", "dfloat11")
 
+# The parts for deltas; the floor needs the copy rate.
+_OF_DELTAS = ("delta", "copy rate")
+
 Part = tuple[str, Callable[[], Any]]
 
 
@@ -164,6 +167,14 @@ def sanitizer_parts(report: Report) -> list[Part]:
     return [(f"compute-sanitizer: {tool}", partial(sanitize, tool)) for tool in identity.TOOLS]
 
 
+def parts_of(device: Device, args: argparse.Namespace, report: Report) -> Iterator[Part]:
+    """Yields the parts that need compiled kernels."""
+    yield from identity_parts(device, args.damaged, args.every)
+    yield "layers as dense ones", identity.compare_layers
+    yield from speed_parts(device, args.side, report)
+    yield from [] if args.no_sanitizer else sanitizer_parts(report)
+
+
 def facts_of(words: Sequence[str]) -> dict[str, Any]:
     """Returns facts of the device, the run and the packages."""
     torch: Any = importlib.import_module("torch")
@@ -201,6 +212,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--only-identity", action="store_true", help="check files and products only; write no results"
     )
+    made.add_argument(
+        "--only-deltas",
+        action="store_true",
+        help="compare and measure deltas only; results in files of their own",
+    )
     made.add_argument("--no-sanitizer", action="store_true", help="do not run compute-sanitizer")
     made.add_argument(
         "--minutes", type=float, default=MINUTES, help=f"time limit: no part starts after it ({MINUTES:g})"
@@ -223,19 +239,15 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     torch: Any = importlib.import_module("torch")
     facts = facts_of(words)
-    stem = args.out / str(facts["device"]).lower().replace(" ", "-")
+    stem = args.out / (str(facts["device"]).lower().replace(" ", "-") + "-deltas" * args.only_deltas)
     report = Report(stem, facts, 60 * args.minutes)
     major, minor = facts["capability"]
     report.run("kernels compiled", partial(compiled, f"sm_{major}{minor}"))
     if not report.failed:  # all other parts need the kernels
         device = CudaDevice(0, torch.cuda.current_stream().cuda_stream)
-        for name, work in identity_parts(device, args.damaged, args.every):
-            report.run(name, work)
-        report.run("layers as dense ones", identity.compare_layers)
-        for name, work in speed_parts(device, args.side, report):
-            report.run(name, work)
-        for name, work in [] if args.no_sanitizer else sanitizer_parts(report):
-            report.run(name, work)
+        for name, work in parts_of(device, args, report):
+            if not args.only_deltas or name.startswith(_OF_DELTAS):
+                report.run(name, work)
     print(tables(facts, report.parts))
     return 1 if report.failed else 0
 

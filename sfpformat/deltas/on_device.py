@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +102,15 @@ class DeviceChange(Closing):
             BaseMismatchError, InvalidFileError, LimitError: a check failed.
             OSError: the delta cannot be read, or the temporary file cannot be written.
         """
+        try:
+            self._check()
+        except BaseException:
+            # Running copies use memory that the caller frees next. A device that failed raised its error.
+            with suppress(Exception):
+                self._changes.finish()
+            raise
+
+    def _check(self) -> None:
         of_pools = {tensor.name for members in self._delta.map.members() for tensor in members}
         rest = [tensor for tensor in self._delta.map.tensors if tensor.name not in of_pools]
         own = self._checksums([tensor for tensor in rest if tensor.name in self.tensors])

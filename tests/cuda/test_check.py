@@ -282,6 +282,16 @@ def test_all_parts_run_and_the_exit_code_reports_failures(
 
 
 @pytest.mark.usefixtures("pretended")
+def test_deltas_alone_are_checked_with_results_of_their_own(tmp_path: Path) -> None:
+    assert check.main(["--only-deltas", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == "a-device-deltas.json"
+    names = [part["name"] for part in json.loads(path.read_text())["parts"]]
+    steps = [f"delta: {name}" for name in speed.STEPS]
+    assert names == ["kernels compiled", "deltas as by the reference", "copy rate", *steps]
+
+
+@pytest.mark.usefixtures("pretended")
 def test_kernels_that_do_not_compile_end_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "compiled", lambda arch: fails())
     assert check.main(["--out", str(tmp_path)]) == 1

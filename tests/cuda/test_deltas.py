@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from sfpformat.numpy import load
 from sfpformat.torch import apply_delta, device_deltas, device_memory, write_delta
 from sfpformat.torch.tensors import array_of, tensor_of
 
+from ..format.test_delta_shards import pair as shards_pair
+from ..format.test_delta_shards import split
 from ..format.test_deltas import Arrays, _put, arrays, edited, same, stepped, written
 from ..support.clauses import clauses
 from ..support.conformance_cases import FOLDER, data_of, manifest
@@ -262,6 +265,18 @@ def test_any_pair_gives_the_result_or_the_same_fault(data: st.DataObject) -> Non
     assert (again is None) == all(base[name].tobytes() == new[name].tobytes() for name in base)
 
 
+@clauses("R-SHD-001")
+def test_a_delta_in_shards_gives_the_result_or_the_fault_of_the_cpu(devices: Devices, tmp_path: Path) -> None:
+    base, new = shards_pair()
+    index = split(tmp_path, base, new)
+    assert compare_with_the_cpu(base, index) is None
+    assert "flip_elements" in devices.launched
+    wrong = {**base, "w.1": base["w.1"] * 2}
+    fault = compare_with_the_cpu(wrong, index)
+    assert fault is not None
+    assert fault[2] == "w.1"
+
+
 def test_a_module_with_tied_weights_becomes_the_result(devices: Devices, tmp_path: Path) -> None:
     base, new = pair()
     place = base.embed.weight.data_ptr()
@@ -376,6 +391,8 @@ def test_a_device_that_fails_leaves_the_base(
     with pytest.raises(RuntimeError, match=f"a launch of {kernel} failed"):
         apply_delta(target, data)
     same(as_arrays(target), base)
+    # Nothing waits that could use memory after it is freed.
+    assert all(isinstance(work, partial) for own in devices.opened for work in own._queue)
     # Four changes were made, and made again.
     assert devices.launched.count("flip_elements") == (8 if kernel == "flip_elements" else 0)
     apply_delta(target, data)
