@@ -21,9 +21,10 @@ _DESCRIPTION = """Shows a table of the tensors of an .sfp file, or of all shards
 coding, the share of pruned weights, and the bits per weight for the mask, the weights (fingerprints and
 vectors, or raw elements), the importance, and the segment index with padding.
 
-Zeros of either sign count as pruned: positions that the mask prunes, and stored zeros, such as -0, of
-lossless tensors whose code table has a class only for zeros. To count stored zeros, the command decodes these
-tensors. Of other tensors it reads only the directory and the segment indices."""
+Zeros of either sign count as pruned: positions that the mask prunes, and stored zeros, such as -0 or the
+zeros of a tensor without a mask. To count stored zeros, the command decodes tensors whose code table shows
+that more than about 1 % of their stored weights can be zeros. Of other tensors it reads only the directory
+and the segment indices."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:

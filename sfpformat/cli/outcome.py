@@ -1,10 +1,11 @@
-"""Measures the bits and errors of quantised tensors after a pack, beside the requested ones."""
+"""Measures the bits and errors of changed tensors after a pack, beside the requested ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,13 @@ _TOLERANCE_DB = 0.1
 _BLOCK = 1 << 16  # weights per comparison; more do not fit in the cache as float64
 
 
+class Errors(NamedTuple):
+    """Sums of the squared errors of some weights, and of their squares before the changes."""
+
+    error: float = 0.0
+    power: float = 0.0
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The requested configuration of a tensor, and the result of encoding.
@@ -38,10 +46,13 @@ class Outcome:
     Attributes:
         report: its sizes.
         asked: description of the requested configuration; empty for lossless.
+        changes: description of the requested pruning and cast; empty without them.
         is_quantised: whether its weights are coded by a lossy quantiser.
-        kept_lossless: whether quantisation was requested, but the tensor is lossless.
-        error, power: sums of the squared errors and of the squared weights after pruning. Each term is
-            multiplied by the weight of its error, if the quantiser has one.
+        kept_lossless: whether quantisation was requested, but is not applied.
+        is_weighted: whether the quantiser weights errors by an importance.
+        coding: errors of quantising, against the weights after pruning and cast. Each term is multiplied by
+            the weight of its error, if the quantiser has one.
+        total: errors of all changes, against the input, over all positions.
         faults: descriptions of its faults; empty if its weights were not checked.
     """
 
@@ -49,8 +60,10 @@ class Outcome:
     asked: str
     is_quantised: bool
     kept_lossless: bool
-    error: float = 0.0
-    power: float = 0.0
+    changes: str = ""
+    is_weighted: bool = False
+    coding: Errors | None = None
+    total: Errors | None = None
     faults: tuple[str, ...] = ()
 
     @property
@@ -81,19 +94,21 @@ def outcome(job: Job, asked: TensorConfig, file: SfpFile, name: str, *, compare:
         compare: whether to check every weight. If false, only the mean error of a quantised tensor is
             measured.
     """
-    report = report_tensor(file, name)
-    quantised = is_quantised(asked.options, report.entry)
-    words = "" if asked.lossless else _words(asked)
+    quantised = is_quantised(asked.options, file.entry(name))
+    words, changes = "" if asked.lossless else _words(asked), _words_of_changes(asked)
     kept_lossless = not asked.options.lossless and not quantised
-    if not quantised and not compare:
-        return Outcome(report, words, False, kept_lossless)
-    before = prune_and_cast(name, job.model.read(name), job.configs[name], job.shares.get(name))
+    if not (quantised or changes or compare):
+        return Outcome(report_tensor(file, name), words, False, kept_lossless)
     after = file.get_tensor(name)
+    report = report_tensor(file, name, after)
+    given = job.model.read(name)
+    total = _errors(given, after) if changes else None
+    before = prune_and_cast(name, given, job.configs[name], job.shares.get(name))  # prunes in place
     if not quantised:
-        before = _as_written(before, asked.options)
-        same = np.array_equal(as_bits(before), as_bits(after))
-        faults = () if same else (f"tensor {quoted(name)} differs from the input",)
-        return Outcome(report, words, False, kept_lossless, faults=faults)
+        faults: tuple[str, ...] = ()
+        if compare and not np.array_equal(as_bits(_as_written(before, asked.options)), as_bits(after)):
+            faults = (f"tensor {quoted(name)} differs from the input",)
+        return Outcome(report, words, False, kept_lossless, changes, total=total, faults=faults)
     weights = None
     quantiser = asked.options.lossy
     if quantiser is not None and quantiser.weighted is not None:
@@ -103,7 +118,16 @@ def outcome(job: Job, asked: TensorConfig, file: SfpFile, name: str, *, compare:
     bound = _Bound.of(file, report.entry, weighted=weights is not None) if compare else None
     found = _compare(before.reshape(-1), after.reshape(-1), weights, bound)
     wrong = tuple(found.faults(name, quantiser)) if compare else ()
-    return Outcome(report, words, True, False, found.error, found.power, wrong)
+    coding = Errors(found.error, found.power)
+    if total is None:
+        total = coding if weights is None else _errors(before, after)
+    return Outcome(report, words, True, False, changes, weights is not None, coding, total, wrong)
+
+
+def _errors(before: Array, after: Array) -> Errors:
+    """Returns the errors of all weights of a tensor."""
+    found = _compare(before.reshape(-1), after.reshape(-1), None, None)
+    return Errors(found.error, found.power)
 
 
 def _as_written(array: Array, options: Options) -> Array:
@@ -118,7 +142,7 @@ class _Comparison:
     """Sums over the weights of a quantised tensor.
 
     Attributes:
-        error, power: same as for `Outcome`.
+        error, power: same as for `Errors`; each term multiplied by the weight of its error.
         not_finite: number of finite weights that became infinite or NaN.
         alive: number of pruned weights that are not 0.
         far: number of weights whose error exceeds the bound.
@@ -232,15 +256,17 @@ def decibels(error: float, power: float) -> float | None:
 
 def _words(config: TensorConfig) -> str:
     """Describes a configuration: ``4 bits per survivor, 50 % pruned``."""
-    asked, pruning = config.options.lossy, config.pruning
-    words = []
-    if asked is not None:
-        words.append(f"{asked.describe()}{' over all' if config.shares_bits else ''}")
-    if pruning is not None:
-        words.append(_pruned(pruning))
-    if config.cast is not None:
-        words.append(config.cast.name)
-    return ", ".join(words)
+    asked, changes = config.options.lossy, _words_of_changes(config)
+    if asked is None:
+        return changes
+    words = f"{asked.describe()}{' over all' if config.shares_bits else ''}"
+    return f"{words}, {changes}" if changes else words
+
+
+def _words_of_changes(config: TensorConfig) -> str:
+    """Describes pruning and cast: ``50 % pruned, cast to F16``. Empty without them."""
+    pruned = [] if config.pruning is None else [_pruned(config.pruning)]
+    return ", ".join(pruned + ([] if config.cast is None else [f"cast to {config.cast.name}"]))
 
 
 def _pruned(pruning: Pruning) -> str:
@@ -252,10 +278,10 @@ def _pruned(pruning: Pruning) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that were quantised with the same requested configuration.
+    """Tensors that were changed in the same way.
 
     Attributes:
-        asked: description of the configuration, not empty.
+        asked: description of the requested configuration that was applied, not empty.
         members: their outcomes, at least one.
     """
 
@@ -282,8 +308,16 @@ class Group:
 
     @property
     def error_db(self) -> float | None:
-        """The error over all members, in dB; None if it is 0 or not finite."""
-        return decibels(sum(m.error for m in self.members), sum(m.power for m in self.members))
+        """The error of quantising the survivors, in dB, weighted if the quantiser weights errors.
+
+        None if nothing is quantised, or if the error is 0 or not finite.
+        """
+        return _decibels(member.coding for member in self.members)
+
+    @property
+    def total_error_db(self) -> float | None:
+        """The error of all changes over all positions, in dB; None if it is 0 or not finite."""
+        return _decibels(member.total for member in self.members)
 
     def line(self) -> str:
         """Returns the summary line."""
@@ -291,9 +325,17 @@ class Group:
         importances = " without the importances" if self.importance_bits else ""
         return (
             f"{self.asked}: {tensors} with {number(self.bits_per_survivor, 3)} bits per survivor, "
-            f"{number(self.bits_per_position, 3)} per position{importances}, "
-            f"error {number(self.error_db, 2, ' dB')}"
+            f"{number(self.bits_per_position, 3)} per position{importances}, {self._errors()}"
         )
+
+    def _errors(self) -> str:
+        """Describes the error of all changes and, if it differs, the error of quantising."""
+        over_all = f"error {number(self.total_error_db, 2, ' dB')}"
+        first = self.members[0]
+        kinds = ["weighted"] * first.is_weighted + ["of the survivors"] * bool(first.changes)
+        if not first.is_quantised or not kinds:
+            return over_all
+        return f"{over_all} ({', '.join(kinds)} {number(self.error_db, 2, ' dB')})"
 
     def to_json(self) -> dict[str, object]:
         """Returns the figures as JSON values."""
@@ -304,23 +346,37 @@ class Group:
             "bits_per_position": self.bits_per_position,
             "importance_bits": self.importance_bits,
             "error_db": self.error_db,
+            "total_error_db": self.total_error_db,
         }
 
 
-def groups(outcomes: Iterable[Outcome]) -> list[Group]:
-    """Groups the quantised tensors by requested configuration."""
+def _decibels(parts: Iterable[Errors | None]) -> float | None:
+    """Returns `decibels` of the sums; None if there are none."""
+    found = [part for part in parts if part is not None]
+    return decibels(sum(part.error for part in found), sum(part.power for part in found))
+
+
+def groups(outcomes: Iterable[Outcome], *, quantised: bool) -> list[Group]:
+    """Groups changed tensors by the configuration that was applied.
+
+    Args:
+        outcomes: the outcomes of all tensors.
+        quantised: whether to return the quantised tensors, or those that were only pruned or cast.
+    """
     found: dict[str, list[Outcome]] = {}
     for each in outcomes:
-        if each.is_quantised:
-            found.setdefault(each.asked, []).append(each)
-    return [Group(asked, members) for asked, members in found.items()]
+        applied = each.asked if quantised else each.changes
+        if each.is_quantised == quantised and applied:
+            found.setdefault(applied, []).append(each)
+    return [Group(applied, members) for applied, members in found.items()]
 
 
 def lines(outcomes: list[Outcome]) -> Iterator[str]:
     """Yields the summary lines: requested configurations and results."""
-    for group in groups(outcomes):
-        yield group.line()
+    for quantised in (True, False):
+        for group in groups(outcomes, quantised=quantised):
+            yield group.line()
     kept = [each.name for each in outcomes if each.kept_lossless]
     if kept:
         why = "because lossless coding takes no more bits, or because no step meets the error"
-        yield f"{len(kept):,} kept lossless, {why}: {listed(kept, 3)}"
+        yield f"{len(kept):,} not quantised, {why}: {listed(kept, 3)}"

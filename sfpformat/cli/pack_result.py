@@ -80,7 +80,8 @@ def show(
                 "tensors": totals.tensors,
                 "resumed_tensors": result.resumed,
                 "dry_run": args.dry_run,
-                "quantised": [group.to_json() for group in groups(result.outcomes)],
+                "quantised": [group.to_json() for group in groups(result.outcomes, quantised=True)],
+                "pruned_or_cast": [group.to_json() for group in groups(result.outcomes, quantised=False)],
                 "kept_lossless": [each.name for each in result.outcomes if each.kept_lossless],
                 **({"sizes": [_sizes(each) for each in result.outcomes]} if args.dry_run else {}),
                 "lossless": [
@@ -143,13 +144,14 @@ def _sizes(each: Outcome) -> dict[str, object]:
         "bits_per_survivor": alone.bits_per_survivor,
         "bits_per_position": alone.bits_per_position,
         "error_db": alone.error_db,
+        "total_error_db": alone.total_error_db,
         "stored_bytes": entry.stored_bytes,
     }
 
 
 def _row(each: Outcome) -> list[str]:
     alone, entry = Group(each.asked, [each]), each.report.entry
-    asked = f"{each.asked} (kept lossless)" if each.kept_lossless else each.asked or "lossless"
+    asked = f"{each.asked} (not quantised)" if each.kept_lossless else each.asked or "lossless"
     return [
         each.name,
         entry.dtype.name,
@@ -158,7 +160,7 @@ def _row(each: Outcome) -> list[str]:
         percent(each.report.sparsity),
         number(alone.bits_per_survivor, 3),
         number(alone.bits_per_position, 3),
-        number(alone.error_db),
+        number(alone.total_error_db),
         f"{entry.stored_bytes:,}",
     ]
 

@@ -2,14 +2,17 @@
 
 Rules: sizes come from directories and segment indices alone. Weights that are zero, of either sign, count as
 pruned. The segment index has the number of weights that a mask removes, but not the number of stored zeros.
-To count these, tensors that can have many are decoded: lossless tensors whose code table has a class only for
-zeros.
+To count these, tensors whose code table shows that more than about 1 % of the stored weights can be zeros are
+decoded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..coding.quantisers import Exact, Table, Uniform
 from ..container.entry import TensorEntry
@@ -28,7 +31,7 @@ class TensorReport:
     Attributes:
         entry: its directory entry.
         survivors: number of stored positions; None for a tensor without a mask, which stores all.
-        stored_zeros: number of stored zeros, if the code table has a class only for zeros; else 0. None if
+        stored_zeros: number of stored zeros, if the code table shows that they can be many; else 0. None if
             the chunks are damaged.
         bits: part -> bits in the file, for each of `PARTS`; their sum is the size of the tensor's chunks.
     """
@@ -148,8 +151,13 @@ class Totals:
         }
 
 
-def report_tensor(file: SfpFile, name: str) -> TensorReport:
+def report_tensor(file: SfpFile, name: str, decoded: NDArray[np.generic] | None = None) -> TensorReport:
     """Returns the report of a tensor. Reads its segment indices, and its chunks if these can have many zeros.
+
+    Args:
+        file: the open file.
+        name: the tensor's name.
+        decoded: the tensor, if the caller has decoded it; else None.
 
     Raises:
         InvalidFileError: a segment index is damaged.
@@ -169,22 +177,22 @@ def report_tensor(file: SfpFile, name: str) -> TensorReport:
                 survivors += int(index.survivors.sum())
         bits["vectors"] = 8 * sum(vector.size * vector.dtype.itemsize for vector in entry.vector_list())
     bits["other"] = 8 * entry.stored_bytes - sum(bits.values())
-    return TensorReport(entry, survivors, _stored_zeros(file, entry, survivors), bits)
+    return TensorReport(entry, survivors, _stored_zeros(file, entry, survivors, decoded), bits)
 
 
-def _stored_zeros(file: SfpFile, entry: TensorEntry, survivors: int | None) -> int | None:
+def _stored_zeros(
+    file: SfpFile, entry: TensorEntry, survivors: int | None, decoded: NDArray[np.generic] | None
+) -> int | None:
     """Returns `TensorReport.stored_zeros` of a tensor."""
     fingerprints = entry.fingerprints
-    if fingerprints is None or not fingerprints.table.has_class_of_zeros:
+    if fingerprints is None or not fingerprints.table.may_have_many_zeros:
         return 0
     quantiser = fingerprints.quantiser
-    if isinstance(quantiser, Uniform):
-        return 0  # a tensor quantised to many zeros has a mask, which removes them
     try:
         least = file.decoder(entry).vectors.get("fingerprint centroids") if entry.has_vectors() else None
         if isinstance(quantiser, Table) and least is not None and least[0]:
             return 0  # no magnitude is zero
-        zeros = sum(zeros_of(file.get_tensor(entry.name)))
+        zeros = sum(zeros_of(file.get_tensor(entry.name) if decoded is None else decoded))
     except FileFault:
         return None
     pruned = 0 if survivors is None else entry.positions - survivors

@@ -4,7 +4,8 @@ Rules: without ``--like``, an option that changes values applies only to the wei
 compressed: float, of rank 2 or more, of at least 4,096 elements, and not excluded by `not_weights`. A
 ``--like`` rule applies to every float tensor whose name matches its pattern. A later rule overrides an
 earlier one, option by option. The quantiser's options (bits, budget, step, error, table, lossless) override
-each other, and lossless cancels all options that change values, including pruning. A pruning pattern, such as
+each other. Lossless cancels all options of earlier rules that change values, including pruning, casts and
+positive zeros; in the same rule, it contradicts them. A pruning pattern, such as
 2:4, applies along the inputs of a tensor. Tensors that it does not fit are not pruned; it must fit at least
 one tensor of its rule.
 """
@@ -130,6 +131,12 @@ class Rules:
     likes: list[tuple[str, Layer]]
     keep: list[str]
 
+    def __post_init__(self) -> None:
+        """Raises `CommandError` if options that are given together contradict each other."""
+        _require_consistent(self.base, "")
+        for pattern, layer in self.likes:
+            _require_consistent(layer, f" after --like {pattern!r}")
+
     def with_aliases(self, names: Iterable[str], aliases: Mapping[str, str]) -> Rules:
         """Returns the same rules, with patterns that match an alias extended to the stored name.
 
@@ -215,7 +222,7 @@ class Rules:
             return Reason(Kind.ASKED, f"--like {undone!r} --lossless")
         if not is_large_float(spec):
             return Reason(Kind.SMALL, spec.words)
-        return excluded.get(spec.name) or Reason(Kind.ASKED, "no option that changes values applies")
+        return excluded.get(spec.name) or Reason(Kind.UNCHANGED, "no option changes its values")
 
     def _require_effect(self, specs: list[TensorSpec], excluded: Mapping[str, Reason]) -> None:
         for pattern in [pattern for pattern, _ in self.likes] + self.keep:
@@ -317,6 +324,18 @@ class Rules:
 def _applicable(layer: Layer, lossy: bool) -> Layer:
     """Returns the options of a layer that apply to a tensor: with ``lossy``, those that change values too."""
     return layer if lossy else {key: value for key, value in layer.items() if key not in _LOSSY}
+
+
+def _require_consistent(layer: Layer, where: str) -> None:
+    """Raises `CommandError` if ``--lossless`` stands beside options that change values or signs of zeros."""
+    if "lossless" not in layer:
+        return
+    changing = _LOSSY - {"lossless"} | (_SIGNS if layer.get("zeros") == "positive" else frozenset())
+    if changing & set(layer):
+        raise CommandError(
+            f"{_flags(layer, changing)}{where}: not allowed with --lossless, which keeps every bit; omit one "
+            "of them, or keep some tensors lossless with --like GLOB --lossless"
+        )
 
 
 def _changes_values(layer: Layer) -> bool:

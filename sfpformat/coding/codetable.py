@@ -22,6 +22,7 @@ MAX_CLASSES = {1: 4096, 2: 64}  # by group, R-TAB-001
 MAX_CODES = 16  # R-TAB-009
 MAX_WINDOW_BITS = 4  # R-TAB-011
 MAX_WINDOWED_CLASSES = 256  # R-TAB-012: a class fits a byte
+_FEW_ZEROS = 1 / 128  # share of levels; reports do not look for fewer zeros
 
 # A directory has several codes for each tensor, and opening a file checks all of them. Code lengths are
 # checked with methods of `bytes`, which take a fraction of the time of a loop.
@@ -206,9 +207,18 @@ class CodeTable:
         return {n for code in self.codes for extra in each for n in set(compress(extra, code.length))}
 
     @property
-    def has_class_of_zeros(self) -> bool:
-        """Whether a class contains only level 0 or 1: +0 or -0 in a stream with signs."""
-        return self.base + (1 << self.extra[0]) <= 2
+    def may_have_many_zeros(self) -> bool:
+        """Whether more than about 1 % of the levels can be 0 or 1: +0 or -0 in a stream with signs.
+
+        True if a class contains only such a level. Else estimated by the code lengths of the first class.
+        """
+        if self.base > 1:
+            return False
+        if self.base + (1 << self.extra[0]) <= 2 or not self.codes:
+            return True
+        symbols = self.classes ** (self.group - 1)  # those whose first level is in the first class
+        shares = [sum(2.0**-length for length in code.length[:symbols] if length) for code in self.codes]
+        return max(shares) > _FEW_ZEROS
 
     def class_of(self, levels: NDArray[np.unsignedinteger]) -> NDArray[np.uint16]:
         """Returns the class of each level. The levels must be at least `base` and below `top`."""

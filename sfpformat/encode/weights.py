@@ -78,6 +78,7 @@ class Kind(Enum):
     PATTERN = "that the pruning pattern does not fit"
     SMALL = "of rank below 2, or small"
     ASKED = "as requested"
+    UNCHANGED = "no option changes their values"
 
 
 class Reason(NamedTuple):

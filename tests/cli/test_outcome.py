@@ -66,6 +66,54 @@ def test_the_summary_states_the_target_and_what_was_reached(source: Path, capsys
     assert "4 bits per survivor, 50 % pruned: 2 tensors with 4." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "asked", "line"),
+    [
+        ("--dtype F16", "pruned_or_cast", "cast to F16", "cast to F16: 1 tensor with"),
+        ("--prune 0.5", "pruned_or_cast", "50 % pruned", "50 % pruned: 2 tensors with"),
+        (
+            "--prune 0.5 --bits 4",
+            "quantised",
+            "4 bits per survivor, 50 % pruned",
+            "4 bits per survivor, 50 % pruned: 2 tensors with",
+        ),
+        (
+            "--prune 0.5 --bits 30 --like b* --lossless",
+            "pruned_or_cast",
+            "50 % pruned",
+            "1 not quantised, because lossless coding takes no more bits",
+        ),
+    ],
+)
+def test_the_summary_states_the_error_of_every_change_against_the_input(
+    source: Path, capsys: Capture, words: str, key: str, asked: str, line: str
+) -> None:
+    (group,) = summary(capsys, source, *words.split())[key]
+    assert group["asked"] == asked
+    assert run("diff", source, source.with_name("m.sfp"), "--json") == 1
+    found = [row for row in json.loads(capsys.readouterr().out)["tensors"] if row["name"] in group["tensors"]]
+    assert {row["identical"] for row in found} == {False}
+    if len(found) == 1:
+        assert group["total_error_db"] == pytest.approx(found[0]["error_db"])
+    errors = sum(
+        float(np.square(TENSORS[n].astype(np.float64) - load_file(source.with_name("m.sfp"))[n]).sum())
+        for n in group["tensors"]
+    )
+    power = sum(float(np.square(TENSORS[n].astype(np.float64)).sum()) for n in group["tensors"])
+    assert group["total_error_db"] == pytest.approx(decibels(errors, power))
+    run("pack", source, "-o", source.with_name("m.sfp"), *words.split())
+    out = capsys.readouterr().out
+    assert line in out
+    assert f"error {group['total_error_db']:.2f} dB" in out
+    if key == "quantised":
+        assert f"(of the survivors {group['error_db']:.2f} dB)" in out
+
+
+def test_lossless_packs_report_no_changed_tensors(source: Path, capsys: Capture) -> None:
+    found = summary(capsys, source)
+    assert found["quantised"] == found["pruned_or_cast"] == []
+
+
 def test_pruning_makes_a_file_with_a_bit_target_smaller(source: Path, capsys: Capture) -> None:
     dense = summary(capsys, source, "--bits", "4")["output_bytes"]
     assert summary(capsys, source, "--bits", "4", "--prune", "0.5")["output_bytes"] < 0.85 * dense

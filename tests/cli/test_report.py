@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import sfpformat
-from sfpformat import Exact, Options, Table, Uniform
+from sfpformat import Exact, Options, SfpFile, Table, Uniform
 from sfpformat.cli.diff import compare
 from sfpformat.cli.report import PARTS, report_tensor
-from sfpformat.numpy import save
+from sfpformat.numpy import load_file, save
 from sfpformat.numpy import save_file as save_sfp
 
 from .test_main import checkpoint, error_of, make, run, sharded
@@ -50,6 +50,29 @@ def everything() -> bytes:
     factors = (np.ones(96, np.float32), np.ones(64, np.float32))
     importances: dict[str, Any] = {"uniform": np.abs(w), "factors": factors}
     return save(tensors, options=options, importances=importances)
+
+
+@pytest.mark.parametrize("words", ["", "--dtype BF16", "--step 0.1", "--window 3", "--group 2", "--table 9"])
+def test_zeros_count_as_pruned_without_a_mask(words: str, tmp_path: Path, capsys: Capture) -> None:
+    array = np.random.default_rng(5).standard_normal((96, 64)).astype(np.float32)
+    source = make(tmp_path / "m.safetensors", {"w": array})
+    target = tmp_path / "m.sfp"
+    run("pack", source, "-o", target, "--mask", "none", "--prune", "0.5", *words.split(), "--json")
+    found = json.loads(capsys.readouterr().out)
+    share = np.count_nonzero(load_file(target)["w"] == 0) / array.size
+    assert share >= 0.5 or words == "--table 9"
+    assert found["sparsity"] == share
+    run("info", target, "--json")
+    assert json.loads(capsys.readouterr().out)["totals"]["sparsity"] == share
+
+
+def test_tensors_without_zeros_are_not_decoded_for_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.random.default_rng(5).standard_normal((96, 64)).astype(np.float32)
+    array[0, 0] = 0
+    with SfpFile(save({"w": array, "half": np.where(array > 0, array, 0)})) as file:
+        monkeypatch.setattr(SfpFile, "get_tensor", None)
+        assert report_tensor(file, "w").stored_zeros == 0
+        assert report_tensor(file, "half").sparsity == np.count_nonzero(array <= 0) / array.size
 
 
 def sample(path: Path) -> Path:

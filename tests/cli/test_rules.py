@@ -66,6 +66,21 @@ def test_like_lossless_also_cancels_pruning_and_casts(tmp_path: Path) -> None:
         assert np.count_nonzero(sfp.get_mask("layer.0.weight")) <= checkpoint()["layer.0.weight"].size // 2
 
 
+def test_a_like_rule_changes_tensors_that_are_lossless_otherwise() -> None:
+    found = config("--lossless --like w --prune 0.5 --dtype F16")
+    assert found.pruning is not None
+    assert found.cast == DTYPES["F16"]
+
+
+def test_tensors_that_no_option_changes_are_not_reported_as_requested(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    packed(tmp_path, "--like", "*.bias", "--step", "0.5").close()
+    assert "lossless, no option changes their values: 'embed.weight'" in capsys.readouterr().out
+    packed(tmp_path, "--prune", "0").close()
+    assert "as requested" not in capsys.readouterr().out
+
+
 def test_a_like_rule_applies_to_small_tensors_that_it_names(tmp_path: Path) -> None:
     with packed(tmp_path, "--like=*.bias", "--step", "0.5") as sfp:
         assert sfp.info("layer.0.bias").quantiser == "uniform"
@@ -105,6 +120,13 @@ def test_keep_overrides_all_rules(tmp_path: Path) -> None:
         ("--table 8 --rate-weight 0", "--rate-weight needs one of --bits, --budget, --step, --error-db"),
         ("--segment 33", "segment is 33"),
         ("--importance-bits 99", "bits is 99"),
+        ("--prune 0.5 --lossless", "--prune: not allowed with --lossless, which keeps every bit"),
+        ("--dtype F16 --lossless", "--dtype: not allowed with --lossless"),
+        ("--lossless --zeros positive", "--zeros: not allowed with --lossless"),
+        (
+            "--bits 4 --like embed* --lossless --prune 0.5",
+            "--prune after --like 'embed*': not allowed with --lossless",
+        ),
     ],
 )
 def test_rules_that_cannot_be_applied_are_refused(
