@@ -20,9 +20,9 @@ from types import FrameType
 from typing import TextIO
 
 from .. import __version__
-from ..errors import SfpError, SfpWarning
-from .console import any_output, printable
-from .errors import CommandError
+from ..errors import SfpWarning
+from .console import any_output, print_to_stderr
+from .errors import CommandError, message_of
 from .parser import EXIT_CODES, Parser, examples, split_rules
 
 # Subcommand -> its line in `sfp --help`. Its module has the same name.
@@ -93,12 +93,12 @@ def _exit_code(words: list[str]) -> int:
         _drop_unwritten()  # nobody reads stdout any more, so no message
         return 128 + _SIGPIPE
     except KeyboardInterrupt as error:
-        _print_to_stderr(str(error) or "interrupted", "")
+        print_to_stderr(str(error) or "interrupted", "")
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except Exception as error:
         if os.environ.get("SFP_DEBUG") == "1":
             traceback.print_exc()
-        _print_to_stderr(_message_of(error))
+        print_to_stderr(message_of(error))
         _drop_unwritten()
         return error.code if isinstance(error, CommandError) else 2
 
@@ -157,22 +157,6 @@ def _added() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=COMMANDS_GROUP)}
 
 
-def _message_of(error: Exception) -> str:
-    """Returns the text for the user that describes an error."""
-    if isinstance(error, (CommandError, SfpError)):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    return f"{type(error).__name__}: {error} (a bug in sfp; SFP_DEBUG=1 prints the traceback)"
-
-
-def _print_to_stderr(words: str, kind: str = "error: ") -> None:
-    with suppress(OSError):  # stderr may be closed too
-        print(f"sfp: {kind}{printable(' '.join(words.split()))}", file=sys.stderr)
-
-
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     """Prints each warning of this package once, in one line on stderr. Python handles all other warnings."""
@@ -189,7 +173,7 @@ def _warnings_in_one_line() -> Iterator[None]:
         if issubclass(category, SfpWarning):
             if str(message) not in printed:
                 printed.add(str(message))
-                _print_to_stderr(str(message), "warning: ")
+                print_to_stderr(str(message), "warning: ")
         else:
             shown_before(message, category, filename, lineno, file, line)
 

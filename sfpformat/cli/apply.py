@@ -15,7 +15,7 @@ from ..decode.shards import ShardIndex, index_name, shard_name
 from ..encode.writer import Writer
 from ..io.atomic import ReplacedTogether, replacing
 from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
-from .console import bytes_words, show_json
+from .console import bytes_words, counted, seconds_words, show_json
 from .delta_files import Chain, add_deltas, add_output, opened_chain, paths_of
 from .errors import checked_target, require_suffix
 from .model_files import sub_byte_keys
@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         stored = sum(path.stat().st_size for path in written)
         show_json({"tensors": tensors, "files": len(written), "bytes": stored, "decoded_bytes": size})
     else:
-        print(f"{tensors} tensors, {bytes_words(size)} in {time.monotonic() - start:.1f} s")
+        print(
+            f"{counted(tensors, 'tensor')}, {bytes_words(size)} in {seconds_words(time.monotonic() - start)}"
+        )
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import bench_pruning
-from .console import bytes_words, printable, progress, show_json, show_table
+from .console import bytes_words, counted, printable, progress, show_json, show_table
 from .errors import CommandError, checked_target, require_suffix
 from .model_files import add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
@@ -290,7 +290,8 @@ def _show(subject: Subject, settings: Settings, outcomes: Sequence[_Outcome]) ->
 
     here = facts()
     print(
-        f"{printable(subject.name)}: {len(subject.tensors)} tensors, {subject.weights:,} weights, "
+        f"{printable(subject.name)}: {counted(len(subject.tensors), 'tensor')}, "
+        f"{counted(subject.weights, 'weight')}, "
         f"{bytes_words(subject.raw_bytes)} of {', '.join(subject.dtypes)}; Python {here['python']}, "
         f"{here['machine']}, {here['cores']} cores"
         + (f", decoded on {settings.device}" if settings.device else "")

@@ -107,6 +107,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def print_to_stderr(words: str, kind: str = "error: ") -> None:
+    """Prints a message in one line on stderr."""
+    with suppress(OSError):  # stderr may be closed
+        print(f"sfp: {kind}{printable(' '.join(words.split()))}", file=sys.stderr)
+
+
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Prints a table on stdout.
 
@@ -156,6 +162,16 @@ def bytes_words(size: int) -> str:
             break
         value /= 1000
     return f"{size} B" if unit == "B" else f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Formats a number of things: ``1 tensor``, ``2,000 tensors``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def seconds_words(seconds: float) -> str:
+    """Formats a duration: ``12.3 s``, or two digits below 1 s, such as ``0.043 s``."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{max(seconds, 0.001):.2g} s"
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:

@@ -12,7 +12,7 @@ from ..deltas.indices import rename_with_index
 from ..deltas.writing import DeltaWriter
 from ..io.atomic import AtomicFile
 from ..limits import Limits
-from .console import Progress, bytes_words, progress, show_json
+from .console import Progress, bytes_words, progress, seconds_words, show_json
 from .delta_files import (
     FILE_HELP,
     ModelTensors,
@@ -142,5 +142,5 @@ def _show(found: DeltaMap, size: int, decoded: int, seconds: float, *, as_json: 
         return
     print(
         f"{words_of(found)}; {bytes_words(decoded)} → {bytes_words(size)}, "
-        f"{decoded / max(size, 1):,.1f} times smaller, in {seconds:.1f} s"
+        f"{decoded / max(size, 1):,.1f} times smaller, in {seconds_words(seconds)}"
     )

@@ -18,6 +18,7 @@ from ..decode.delta_maps import joined_map, require_one_kind
 from ..decode.parts import Parts
 from ..decode.selection import Selection
 from ..decode.shards import ShardIndex
+from ..decode.validate import validate
 from ..deltas.parts import separator_for
 from ..deltas.result import DeltaFile, open_chain
 from ..deltas.tensors import Spec, Tensors
@@ -105,7 +106,7 @@ def opened_chain(args: argparse.Namespace) -> Iterator[Chain]:
         target = checked_target(args.output, [*base.paths(), *paths_of(args.deltas)])
         specs = result_specs(base, result)
         nbytes = sum(spec.nbytes for spec in specs)
-        within = chain_in_errors(base, args.deltas)
+        within = chain_in_errors(base, args.deltas, limits)
         with progress(nbytes, target.name) as shown, path_in_errors(target), within:
             yield Chain(base, result, specs, nbytes, target, limits, shown)
 
@@ -174,13 +175,18 @@ def open_result(base: Model, paths: Sequence[str], limits: Limits) -> DeltaFile:
         with open_model(path, kind="sfp", deltas=True, limits=limits) as model:
             if not is_delta(model):
                 raise CommandError(f"{path}: is a model, not a delta; name the base first, then the deltas")
-    with chain_in_errors(base, paths):
+    with chain_in_errors(base, paths, limits):
         return open_chain(ModelTensors(base), [Path(path) for path in paths], limits=limits)
 
 
 @contextmanager
-def chain_in_errors(base: Model, paths: Sequence[str]) -> Iterator[None]:
-    """Adds the paths of the base and the deltas to faults raised inside.
+def chain_in_errors(base: Model, paths: Sequence[str], limits: Limits) -> Iterator[None]:
+    """Adds the path of the delta that has a fault to a fault raised inside, and that of its base if needed.
+
+    Args:
+        base: the base of the first delta.
+        paths: the paths of the deltas, in order.
+        limits: the limits on files.
 
     Raises:
         CommandError: in place of a `FileFault`.
@@ -188,9 +194,37 @@ def chain_in_errors(base: Model, paths: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except FileFault as error:
-        deltas = " ".join(map(str, paths))
-        what = f"{deltas} on {base.path}" if error.code == "E_BASE" else deltas
+        number = _faulty(base, paths, limits, error.tensor)
+        what = " ".join(map(str, paths)) if number is None else paths[number]
+        if error.code == "E_BASE":
+            what = f"{what} on {paths[number - 1] if number else base.path}"
         raise CommandError(f"{what}: {error}") from error
+
+
+def _faulty(base: Model, paths: Sequence[str], limits: Limits, tensor: str | None) -> int | None:
+    """Returns the index of the first delta of a chain with which the chain has a fault.
+
+    Reads one tensor of each delta again, or all of a delta if the fault is in numbers of several tensors.
+
+    Args:
+        base, paths, limits: same as for `chain_in_errors`.
+        tensor: the name of the tensor with the fault, or None.
+
+    Returns:
+        None if no fault is found again.
+    """
+    for number, path in enumerate(paths):
+        try:
+            with open_chain(
+                ModelTensors(base), [Path(each) for each in paths[: number + 1]], limits=limits
+            ) as result:
+                if tensor in result.specs:
+                    result.get_tensor(tensor)
+            if tensor not in result.specs and validate(path, limits=limits).faults:
+                return number
+        except FileFault:
+            return number
+    return None
 
 
 def sub_bytes(base: Model, result: DeltaFile) -> dict[str, SubByte]:
@@ -255,12 +289,17 @@ def delta_of(model: Model) -> DeltaMap | None:
 
 
 class Result:
-    """The result of a delta and its base, with the methods of `Model` that `sfp diff` needs."""
+    """The result of a delta and its base, with the methods of `Model` that `sfp diff` needs.
 
-    def __init__(self, base: Model, result: DeltaFile) -> None:
+    Faults name the delta.
+    """
+
+    def __init__(self, base: Model, result: DeltaFile, path: str, limits: Limits) -> None:
         self._result = result
+        self._base, self._path, self._limits = base, path, limits
         self.specs = {spec.name: spec for spec in result_specs(base, result)}
 
     def read(self, name: str) -> NDArray[np.generic]:
         """Returns a tensor."""
-        return self._result.get_tensor(name)
+        with chain_in_errors(self._base, [self._path], self._limits):
+            return self._result.get_tensor(name)

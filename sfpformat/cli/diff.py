@@ -199,7 +199,8 @@ def run(args: argparse.Namespace) -> int:
         given = stack.enter_context(open_model(args.b, strict_index=strict, deltas=True, limits=limits))
         b: Model | Result = given
         if is_delta(given):
-            b = Result(a, stack.enter_context(open_result(a, [str(given.path)], limits)))
+            path = str(given.path)
+            b = Result(a, stack.enter_context(open_result(a, [path], limits)), path, limits)
         common = [name for name in a.specs if name in b.specs]
         only_a = [name for name in a.specs if name not in b.specs]
         only_b = [name for name in b.specs if name not in a.specs]

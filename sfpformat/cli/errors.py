@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import FileFault, SfpError
 from ..io.safetensors import SafetensorsError
-from .foreign import describe_file
+from .foreign import HEAD_BYTES, describe_file, is_like_safetensors
 
 PathLike = str | os.PathLike[str]
 
@@ -21,6 +21,17 @@ class CommandError(Exception):
     def __init__(self, words: str, code: int = 2) -> None:
         super().__init__(words)
         self.code = code
+
+
+def message_of(error: Exception) -> str:
+    """Returns the text for the user that describes an error."""
+    if isinstance(error, (CommandError, SfpError)):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return f"{type(error).__name__}: {error} (a bug in sfp; SFP_DEBUG=1 prints the traceback)"
 
 
 @contextmanager
@@ -44,7 +55,7 @@ def path_in_errors(path: PathLike) -> Iterator[None]:
 
 
 def other_kind(path: PathLike, error: SfpError) -> str | None:
-    """Describes a file that was refused because it is neither `.sfp` nor safetensors; else None.
+    """Describes a file that was refused because it is of another format; else None.
 
     Args:
         path: the file.
@@ -57,6 +68,10 @@ def other_kind(path: PathLike, error: SfpError) -> str | None:
     if not is_about_it or path.suffix == ".json":  # for an index, the error is specific enough
         return None
     try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if isinstance(error, FileFault) and is_like_safetensors(head):
+            return "a safetensors file; 'sfp pack' converts it to .sfp"
         return describe_file(path)
     except OSError:
         return None
@@ -91,8 +106,10 @@ def require_suffix(target: PathLike, *suffixes: str, what: str) -> None:
         what: the command or option, for the message.
 
     Raises:
-        CommandError: the suffix is wrong; the message suggests a name.
+        CommandError: the suffix is wrong, and the message suggests a name; or the name is empty.
     """
+    if not os.fspath(target):
+        raise CommandError(f"{what}: the name of the file to write is empty")
     for path in (Path(target), Path(os.path.realpath(target))):  # writing follows links
         device = path.exists() and not (path.is_file() or path.is_dir())
         if path.suffix.lower() in suffixes or device:
@@ -118,7 +135,7 @@ def checked_target(target: PathLike, sources: list[Path]) -> Path:
     if path.exists() and not path.is_file():
         raise CommandError(f"{target}: is not a regular file and cannot be replaced")
     if not path.parent.is_dir():
-        raise CommandError(f"{target}: there is no folder {path.parent}")
+        raise CommandError(f"{target}: there is no folder {path.parent}; make it first")
     for source in sources:
         if path.exists() and path.samefile(source):
             raise CommandError(f"{target}: is an input file; give -o another name")

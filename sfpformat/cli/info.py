@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from ..container.preamble import MAJOR
 from ..names import quoted, unmatched
-from .console import bytes_words, number, percent, printable, show_json, show_table
+from .console import bytes_words, counted, number, percent, printable, show_json, show_table
 from .delta_files import delta_of, kinds_of, words_of
 from .errors import CommandError, path_in_errors
 from .limit_option import add_limits, limits_of
@@ -56,6 +56,8 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
+    if args.file is None and args.tensors is not None:
+        raise CommandError("--tensors needs a FILE")
     if args.engines:
         _show_engines(args.json)
         if args.file is None:
@@ -165,12 +167,15 @@ def _show(model: Model, reports: list[TensorReport], totals: Totals) -> None:
     directory = bytes_words(totals.file_bytes - totals.stored_bytes)
     stored = f", {totals.stored_zeros:,} of them stored as zeros" if totals.stored_zeros else ""
     pruned = f"{percent(totals.sparsity)} pruned{stored}"
-    print(f"{totals.tensors} tensors, {totals.positions:,} weights, {pruned}")
+    if delta is None:
+        tensors, weights = counted(totals.tensors, "tensor"), counted(totals.positions, "weight")
+        print(f"{tensors}, {weights}, {pruned}")
     print(f"{totals.file_bytes:,} bytes: {parts}{', ' if parts else ''}preamble and directory {directory}")
-    print(
-        f"{number(totals.bits_per_weight, 3)} bits per weight; "
-        f"{bytes_words(totals.decoded_bytes)} decoded, {totals.ratio:.2f} times the file"
-    )
+    if delta is None:  # those of a delta describe its numbers, not weights
+        print(
+            f"{number(totals.bits_per_weight, 3)} bits per weight; "
+            f"{bytes_words(totals.decoded_bytes)} decoded, {totals.ratio:.2f} times the file"
+        )
 
 
 def _row(report: TensorReport) -> list[str]:

@@ -19,6 +19,7 @@ from ..encode.weights import Reason, not_weights
 from ..io.threads import Workers, default_threads
 from ..limits import Limits
 from ..names import quoted, unknown_name
+from ..options import Options
 from .console import Progress, progress
 from .dry import sizes_of_file
 from .errors import CommandError, checked_target, path_in_errors, require_suffix
@@ -26,7 +27,7 @@ from .limit_option import add_limits, limits_of
 from .model_files import Model, add_strict_index, as_bits, open_model
 from .outcome import Outcome, outcome
 from .pack_files import Job, count_zeros, job_key, pack_file, pack_shards, shard_paths
-from .pack_result import Result, show
+from .pack_result import Result, show, without_effect
 from .parser import Parser, Subparsers, examples
 from .prepare import Share, bytes_of_passes, find_not_finite, shares_of_model, with_shared_bits
 from .report import total
@@ -138,13 +139,15 @@ def run(args: argparse.Namespace) -> int:
         configs, lossless = _configs(rules.with_aliases(model.specs, model.aliases()), model)
         importances = _importances(args.importance, model)
         try:
+            _require_use_of_importances(args.importance, rules, configs, importances)
             job = _job(model, configs, importances, metadata, limits)
             result = _result(job, configs, target, outputs, args)
         finally:
             if importances is not None:
                 importances.close()
     unfit = {name: config.unfit for name, config in configs.items() if config.unfit}
-    show(args, model, result, lossless, unfit, time.monotonic() - start)
+    idle = list(without_effect(rules, configs, result))
+    show(args, model, result, lossless, unfit, idle, time.monotonic() - start)
     return 1 if result.faults else 0
 
 
@@ -261,6 +264,38 @@ def _importances(path: str | None, model: Model) -> Model | None:
         found.close()
         raise
     return found
+
+
+def _require_use_of_importances(
+    path: str | None, rules: Rules, configs: Mapping[str, TensorConfig], importances: Model | None
+) -> None:
+    """Checks that the options about importances have an effect.
+
+    Raises:
+        CommandError: ``--importance-bits`` is given without ``--importance``, nothing uses importances, or
+            ``--weighted`` applies to a tensor without one.
+    """
+    known = {} if importances is None else importances.specs
+    for name, config in configs.items():
+        if _is_weighted(config.options) and name not in known:
+            lacking = "" if path is None else f"; {path} has none"
+            raise CommandError(f"--weighted needs --importance with an importance of {name!r}{lacking}")
+    if importances is None:
+        if rules.gives("importance_bits"):
+            raise CommandError("--importance-bits needs --importance")
+        return
+    used = [configs[name].options for name in importances.specs]
+    if not used:
+        raise CommandError(f"--importance {path}: has no effect: the file has no tensors")
+    if not any(options.importance is not None or _is_weighted(options) for options in used):
+        raise CommandError(
+            f"--importance {path}: has no effect: --importance-bits 0 stores none, and --weighted, which "
+            "quantises by them, is not given"
+        )
+
+
+def _is_weighted(options: Options) -> bool:
+    return options.lossy is not None and options.lossy.weighted is not None
 
 
 def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:

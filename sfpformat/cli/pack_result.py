@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..coding.quantisers import Exact
 from ..decode.shards import index_name
 from ..encode.weights import Kind, Reason
 from ..names import listed
@@ -16,6 +17,7 @@ from .model_files import Model
 from .outcome import Group, Outcome, groups, lines
 from .pack_files import NegativeZeros
 from .report import Totals
+from .rules import Rules, TensorConfig
 
 # The summary mentions the cost of -0 if it exceeds this fraction of the output, as a divisor: 1 %.
 _WORTH_SAYING = 100
@@ -48,6 +50,7 @@ def show(
     result: Result,
     lossless: dict[str, Reason],
     unfit: dict[str, str],
+    idle: list[tuple[str, str]],
     seconds: float,
 ) -> None:
     """Prints the result, as JSON with ``--json``.
@@ -58,6 +61,7 @@ def show(
         result: the result of the pack or of the dry run.
         lossless: name -> why the tensor stayed lossless.
         unfit: name -> why the pattern does not fit the tensor.
+        idle: the result of `without_effect`.
         seconds: how long the command took.
     """
     size, outputs, totals, faults = model.stored_bytes, result.outputs, result.totals, result.faults
@@ -89,6 +93,7 @@ def show(
                     for name, reason in lossless.items()
                 ],
                 "unpruned": [{"name": name, "because": because} for name, because in unfit.items()],
+                "without_effect": [{"option": option, "because": why} for option, why in idle],
                 "verified": not faults if args.verify else None,
                 "faults": faults,
                 "seconds": round(seconds, 3),
@@ -112,10 +117,33 @@ def show(
         print(printable(line))
     for line in _about_zeros(totals, zeros):
         print(line)
+    for option, why in idle:
+        print(f"{option} had no effect: {why}")
     if unfit:
         print(printable(f"{len(unfit):,} not pruned because the pattern does not fit: {reasons(unfit)}"))
     for line in _by_kind(lossless):
         print(printable(line))
+
+
+def without_effect(
+    rules: Rules, configs: Mapping[str, TensorConfig], result: Result
+) -> Iterator[tuple[str, str]]:
+    """Yields options that are given but change no tensor of the result, each with the reason."""
+    entries = [each.report.entry for each in result.outcomes]
+    streams = {entry.name: entry.fingerprints for entry in entries if entry.fingerprints is not None}
+    made = [each.number for each in result.zeros if each.positive]
+    if made and not any(made):
+        yield "--zeros positive", "no weight is -0"
+    if rules.gives("window") and not any(
+        streams[name].table.window is not None for name in streams if configs[name].options.window is not None
+    ):
+        yield "--window", "in every tensor too many levels are outside of the windows, or it is stored raw"
+    if rules.gives("mantissa_bits") and not any(
+        isinstance(streams[name].quantiser, Exact)
+        for name in streams
+        if configs[name].options.mantissa_bits is not None
+    ):
+        yield "--mantissa-bits", "no tensor stores its weights as bit patterns in classes"
 
 
 _SIZES = (
@@ -168,13 +196,9 @@ def _row(each: Outcome) -> list[str]:
 def _about_zeros(totals: Totals, zeros: Collection[NegativeZeros]) -> Iterator[str]:
     """Yields summary lines about -0: how many became +0, and what ``--zeros positive`` would save."""
     made = [each.number for each in zeros if each.positive]
-    if made:
-        tensors = sum(number > 0 for number in made)
-        yield (
-            f"{sum(made):,} weights of {tensors:,} tensor{'s' * (tensors != 1)} changed from -0 to +0"
-            if tensors
-            else "--zeros positive had no effect: no weight is -0"
-        )
+    tensors = sum(number > 0 for number in made)
+    if tensors:
+        yield f"{sum(made):,} weights of {tensors:,} tensor{'s' * (tensors != 1)} changed from -0 to +0"
     saving = sum(each.saving for each in zeros)
     if saving * _WORTH_SAYING > totals.file_bytes:
         costly = [each for each in zeros if each.saving]

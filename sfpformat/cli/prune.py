@@ -13,8 +13,9 @@ from ..errors import SfpError
 from ..io.paths import model_path
 from ..names import unmatched
 from .console import bytes_words, percent, show_json
-from .errors import CommandError, checked_target, path_in_errors, require_file, require_suffix
+from .errors import CommandError, checked_target, path_in_errors, require_suffix
 from .limit_option import add_limits, limits_of
+from .model_files import open_model
 from .parser import Parser, Subparsers, examples
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
     threshold = Sparsity(args.sparsity) if args.threshold is None else parse_threshold(args.threshold)
     with path_in_errors(args.source):
         source = model_path(args.source)
-    require_file(source)
+    with open_model(source, limits=limits_of(args.limit)) as model:  # refuses deltas
+        if model.kind != "sfp":
+            raise CommandError(f"{source}: is a safetensors file; 'sfp pack' converts it to .sfp")
     target = checked_target(args.output, [source])
     with path_in_errors(source), open_any(source, limits=limits_of(args.limit)) as file:
         shards = list(file.files) if isinstance(file, ShardedFile) else [source.name]

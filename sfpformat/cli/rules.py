@@ -178,6 +178,10 @@ class Rules:
         self._require_fit(configs)
         return configs
 
+    def gives(self, option: str) -> bool:
+        """Whether an option, by its name in a layer, is given for any tensor."""
+        return any(option in layer for layer in (self.base, *(layer for _, layer in self.likes)))
+
     @property
     def changes_values(self) -> bool:
         """Whether any option that changes values is given."""

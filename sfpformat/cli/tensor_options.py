@@ -144,8 +144,20 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     _add(coding, "--chunk", int, "N", "positions per chunk (262,144)")
     _add(coding, "--codes", int, "N", "maximum number of codes per stream, at most 16")
     _add(coding, "--code-limit", int, "L", "maximum length of prefix codes in bits, at most 12")
-    _add(coding, "--window", int, "W", "symbols of W bits (1 to 4) instead of prefix codes: faster, larger")
-    _add(coding, "--mantissa-bits", int, "M", "number of mantissa bits in the class of exact weights")
+    _add(
+        coding,
+        "--window",
+        int,
+        "W",
+        "symbols of W bits (1 to 4) instead of prefix codes, where most levels fit: faster, larger",
+    )
+    _add(
+        coding,
+        "--mantissa-bits",
+        int,
+        "M",
+        "number of mantissa bits in the class of weights that are stored as bit patterns",
+    )
     _add(
         coding,
         "--importance-bits",

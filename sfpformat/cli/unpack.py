@@ -15,7 +15,7 @@ from ..decode.shards import ShardIndex, index_name, shard_name
 from ..io.atomic import ReplacedTogether, replacing
 from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..names import unmatched
-from .console import Progress, bytes_words, progress
+from .console import Progress, bytes_words, counted, progress, seconds_words
 from .errors import CommandError, checked_target, path_in_errors, require_suffix
 from .limit_option import add_limits, limits_of
 from .model_files import Model, open_model
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         read = model.stored_bytes
     seconds = time.monotonic() - start
     print(
-        f"{len(chosen)} tensors, {bytes_words(read)} → {bytes_words(size)} in {seconds:.1f} s "
-        f"({size / 1e6 / max(seconds, 1e-9):.0f} MB/s)"
+        f"{counted(len(chosen), 'tensor')}, {bytes_words(read)} → {bytes_words(size)} "
+        f"in {seconds_words(seconds)} ({bytes_words(round(size / max(seconds, 1e-9)))}/s)"
     )
     return 0
 

@@ -7,15 +7,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..container.delta_map import DeltaMap
+from ..decode.reader import SfpFile
 from ..decode.validate import Report, validate, validate_index
 from ..deltas.result import DeltaFile
 from ..errors import MOST_DETAIL, FileFault, shortened
 from ..io.paths import is_index, model_path
 from ..limits import Limits
 from ..names import quoted
-from .console import bytes_words, printable, progress, show_json
-from .delta_files import ModelTensors
-from .errors import other_kind, path_in_errors, require_file
+from .console import bytes_words, counted, print_to_stderr, printable, progress, show_json
+from .delta_files import ModelTensors, kinds_of, words_of
+from .errors import CommandError, message_of, other_kind, path_in_errors, require_file
 from .limit_option import add_limits, limits_of
 from .model_files import open_model
 from .parser import Parser, Subparsers, examples
@@ -34,7 +36,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         "reports quantised weights that decode to infinity or NaN: the format allows them, but the "
         "original weights of a quantised tensor never have these values.",
         epilog=examples(
-            ("sfp verify model.sfp", "exit code 0 without faults, else 1"),
+            ("sfp verify model.sfp", "exit code 0 without faults, 1 with faults, 2 if a file cannot be read"),
             ("sfp verify model.sfp --canonical", "exit code 1 also if the file is not canonical"),
             ("sfp verify shards/*.sfp --json", "check several files, print JSON"),
             ("sfp verify step-18.sfp --base step-17.safetensors", "check that a delta fits its base"),
@@ -58,19 +60,32 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
     code, results = 0, []
     limits = limits_of(args.limit)
-    for number, path, report in (
-        (number, *pair) for name in args.files for number, pair in enumerate(_reports(Path(name), limits))
-    ):
-        if args.base is not None and report.ok and number == 0:  # not for each shard of an index
-            _check_with_base(path, args.base, report, limits)
-        good = report.canonical if args.canonical else report.ok
-        code = code if good and not report.not_finite else 1
-        results.append(_as_json(path, report))
-        if not args.json:
-            _show(path, report, args.canonical)
+    for name in args.files:
+        try:
+            for number, (path, report) in enumerate(_reports(Path(name), limits)):
+                if args.base is not None and report.ok and number == 0:  # not for each shard of an index
+                    _check_with_base(path, args.base, report, limits)
+                delta = _delta_of(path, report, limits)
+                good = report.canonical if args.canonical else report.ok
+                code = code if good and not report.not_finite else max(code, 1)
+                results.append(_as_json(path, report, delta))
+                if not args.json:
+                    _show(path, report, delta, args.canonical)
+        except (CommandError, OSError) as error:  # the other files are still checked
+            code = 2
+            results.append({"file": name, "ok": False, "error": message_of(error)})
+            print_to_stderr(message_of(error))
     if args.json:
         show_json(results)
     return code
+
+
+def _delta_of(path: Path, report: Report, limits: Limits) -> DeltaMap | None:
+    """Returns the map of a delta without faults; None for another file."""
+    if not report.ok or is_index(path):
+        return None
+    with path_in_errors(path), SfpFile(path, limits=limits) as file:
+        return file.directory.delta
 
 
 def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
@@ -116,7 +131,7 @@ def _check_with_base(path: Path, base_path: str, report: Report, limits: Limits)
             report.faults.append(error)
 
 
-def _as_json(path: Path, report: Report) -> dict[str, object]:
+def _as_json(path: Path, report: Report, delta: DeltaMap | None) -> dict[str, object]:
     faults = [
         {
             "code": fault.code,
@@ -137,6 +152,8 @@ def _as_json(path: Path, report: Report) -> dict[str, object]:
         "notes": report.notes,
         "not_finite": report.not_finite,
         "kind": _kind(path, report),
+        "delta": None if delta is None else kinds_of(delta),
+        "error": None,
     }
 
 
@@ -145,7 +162,7 @@ def _kind(path: Path, report: Report) -> str | None:
     return next((words for fault in report.faults if (words := other_kind(path, fault))), None)
 
 
-def _show(path: Path, report: Report, with_notes: bool) -> None:
+def _show(path: Path, report: Report, delta: DeltaMap | None, with_notes: bool) -> None:
     name = printable(str(path))
     for fault in report.faults[:_MOST_LINES]:
         print(f"{name}: {printable(str(fault))}")
@@ -170,4 +187,5 @@ def _show(path: Path, report: Report, with_notes: bool) -> None:
         print(f"{name}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
         return
     canonical = "canonical" if report.canonical else "not canonical"
-    print(f"{name}: no faults, {canonical}; {report.tensors} tensors, {bytes_words(report.bytes)}")
+    what = counted(report.tensors, "tensor") if delta is None else f"a delta: {words_of(delta)}"
+    print(f"{name}: no faults, {canonical}; {what}, {bytes_words(report.bytes)}")

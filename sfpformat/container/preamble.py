@@ -54,7 +54,10 @@ class Preamble:
             InvalidFileError, UnsupportedError: by the clauses R-PRE-001 to R-PRE-011.
         """
         if data[: len(MAGIC)] != MAGIC[: len(data)]:
-            raise fault("R-PRE-001", "not an .sfp file: it does not begin with the magic bytes", offset=0)
+            # The header of a safetensors file is JSON after eight bytes of its length.
+            other = "it is probably a safetensors file, which 'sfp pack' converts"
+            words = other if data[5:9] == b"\0\0\0{" else "it does not begin with the magic bytes"
+            raise fault("R-PRE-001", f"not an .sfp file: {words}", offset=0)
         if len(data) < SIZE:
             words = f"the file ends after {len(data)} bytes, inside the preamble of {SIZE} bytes"
             raise fault("R-PRE-002", words, offset=len(data))

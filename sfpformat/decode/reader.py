@@ -25,7 +25,7 @@ from ..engines import require_name
 from ..errors import MismatchError, MissingTensorError, placed
 from ..io.closing import Closing
 from ..io.source import Readable, Source, open_source
-from ..io.threads import default_threads, for_each
+from ..io.threads import for_each, thread_count
 from ..limits import DEFAULT_LIMITS, Limits
 from .array_memory import SHARING, arrays_of
 from .execution import Decoding, Into
@@ -62,7 +62,7 @@ class SfpFile(Closing):
         """Opens a file and reads its directory. Same arguments and errors as `sfpformat.open`."""
         require_name(engine)
         self._settings = Settings(limits, engine, threads)
-        self._threads = threads or default_threads()
+        self._threads = thread_count(threads)
         self.limits = limits
         # A tensor of at most this size is within all limits on sizes: `Limits.require_tensor` is not needed.
         self._sure_bytes = min(limits.tensor_bytes, limits.expansion_floor)

@@ -26,7 +26,7 @@ from ..container.entry import TensorEntry
 from ..dtypes import Dtype
 from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, OptionError, SfpError
-from ..io.threads import Workers, default_threads
+from ..io.threads import Workers, thread_count
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
 from ..options import Options, require_options
@@ -87,7 +87,7 @@ class Writer:
         self._limits = limits
         self._engine_name, self._engine = engine, get_engine(engine, weights)
         self._weights, self._chosen_for = 0, weights
-        self._workers = Workers(threads or default_threads())
+        self._workers = Workers(thread_count(threads))
         self._pipeline = Pipeline(self._workers)
         self._file = Assembly(target, metadata, resume_key, limits)
         self._later: set[str] = set()  # names of the tensors that are added, but not written yet

@@ -204,19 +204,25 @@ def _spec(name: str, value: object) -> TensorSpec:
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
         raise SafetensorsError(f"tensor {quoted(name)}: the header must give dtype, shape and data_offsets")
     shape = tuple(_size_list(name, value, "shape", None))
-    if math.prod(size or 1 for size in shape) >= 1 << 63:
-        raise SafetensorsError(f"tensor {quoted(name)}: a shape of {list(shape[:32])} is too large")
     word = value["dtype"]
     if isinstance(word, str) and word in SUB_BYTE_BITS:
         sub_byte = SubByte(word, shape)
         of_bytes = sub_byte.as_bytes()
         if of_bytes is None:
             raise SafetensorsError(f"tensor {quoted(name)}: {word} {list(shape)} does not fill whole bytes")
+        _require_array(name, of_bytes, 1)
         return TensorSpec(name, DTYPES["U8"], of_bytes, sub_byte)
     dtype = DTYPES.get(word) if isinstance(word, str) else None
     if dtype is None or dtype.name in _NOT_IN_SAFETENSORS:
         raise SafetensorsError(f"tensor {quoted(name)}: the dtype {quoted(word, 20)} is unknown")
+    _require_array(name, shape, dtype.itemsize)
     return TensorSpec(name, dtype, shape)
+
+
+def _require_array(name: str, shape: tuple[int, ...], itemsize: int) -> None:
+    """Raises `SafetensorsError` if numpy has no array of a shape. Sizes of 0 do not make others smaller."""
+    if math.prod(size or 1 for size in shape) * itemsize >= 1 << 63:
+        raise SafetensorsError(f"tensor {quoted(name)}: a shape of {list(shape[:32])} is too large")
 
 
 def _size_list(name: str, value: dict[str, Any], key: str, count: int | None) -> list[int]:

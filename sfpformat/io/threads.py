@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections import deque
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TypeVar
+
+from ..errors import OptionError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,6 +22,19 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
+
+
+def thread_count(threads: int | None) -> int:
+    """Returns the number of threads that a caller asks for; None is `default_threads`.
+
+    Raises:
+        OptionError: it is not a whole number of at least 1.
+    """
+    if threads is None:
+        return default_threads()
+    if isinstance(threads, bool) or not hasattr(threads, "__index__") or threads < 1:
+        raise OptionError(f"threads is {threads!r}, must be a whole number of at least 1, or None")
+    return operator.index(threads)
 
 
 class Workers:

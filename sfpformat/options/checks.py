@@ -18,15 +18,20 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise OptionError(f"{name} is {value!r}, must be one of {', '.join(map(str, allowed))}")
 
 
+def is_number(value: object) -> bool:
+    """Returns whether a value is a real number; bool does not count."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def in_range(name: str, value: object, low: float, high: float) -> None:
     """Raises `OptionError` if a value is not a number from ``low`` to ``high``."""
-    if not isinstance(value, Real) or not low <= float(value) <= high:
+    if not (isinstance(value, Real) and is_number(value)) or not low <= float(value) <= high:
         raise OptionError(f"{name} is {value!r}, must be from {low} to {high}")
 
 
 def whole(name: str, value: Any, low: int, high: int) -> None:
     """Raises `OptionError` if a value is not a whole number from ``low`` to ``high``."""
-    if not hasattr(value, "__index__") or not low <= value <= high:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
         raise OptionError(f"{name} is {value!r}, must be a whole number from {low} to {high}")
 
 

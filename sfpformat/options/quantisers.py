@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar
 
 from ..dtypes import FACTOR_DTYPES
 from ..errors import OptionError
-from .checks import in_range, one_of, use_plain_numbers, whole
+from .checks import in_range, is_number, one_of, use_plain_numbers, whole
 
 SCALES = ("tensor", "row", "column")
 WEIGHTED = ("root", "full")
@@ -112,9 +111,9 @@ class Uniform(LossyQuantiser):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_one_of("step", "bits", "budget", "error_db")
-        if self.step is not None and not (isinstance(self.step, Real) and 0 < self.step < float("inf")):
+        if self.step is not None and not (is_number(self.step) and 0 < self.step < float("inf")):
             raise OptionError(f"step is {self.step!r}, must be above 0")
-        if self.error_db is not None and not isinstance(self.error_db, Real):
+        if self.error_db is not None and not is_number(self.error_db):
             raise OptionError(f"error_db is {self.error_db!r}, must be a number of dB")
         if self.error_db is not None and not self.error_db < 0:
             raise OptionError(f"error_db is {self.error_db}, must be below 0, such as -30")

@@ -244,8 +244,8 @@ def _masks_of_group(
     pruned = _to_prune(order, owner, sizes, count, floor)
     if len(pruned) < count:
         warn(
-            f"the floor {floor} keeps more positions than the threshold would: {len(pruned):,} positions are "
-            f"pruned, not {count:,}"
+            f"the floor {floor} keeps more positions than the threshold would: it allows {len(pruned):,} "
+            f"pruned positions, not {count:,}"
         )
     alive = np.ones(len(values), np.bool_)
     alive[pruned] = False

@@ -9,6 +9,7 @@ it gives the same values. All other tensors are copied chunk by chunk.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,10 +24,10 @@ from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardedFile, ShardIndex, index_name, shard_name
 from ..encode.writer import Writer
-from ..errors import OptionError
+from ..errors import OptionError, SfpWarning
 from ..io.atomic import ReplacedTogether
 from ..io.paths import SUFFIX
-from ..names import require_matches
+from ..names import listed, require_matches
 from ..options import ImportanceOptions, Options
 from ..options import Uniform as UniformOptions
 from .masks import masks_of
@@ -84,7 +85,7 @@ def reprune(
 
     Memory: all tensors with an importance, plus 60 bytes for each of their positions.
 
-    Warns: for the reasons of `masks.masks_of`.
+    Warns: for the reasons of `masks.masks_of`, or tensors already keep less than the floor.
 
     Raises:
         OptionError: no tensor has an importance as metadata; all such tensors are exempt; the threshold is
@@ -113,6 +114,14 @@ def reprune(
         tiebreak={name: _numbers(array) for name, array in tensors.items()},
     )
     masks = {name: mask & alive[name] for name, mask in masks.items()}
+    below = [name for name, mask in masks.items() if np.count_nonzero(alive[name]) < floor * mask.size]
+    if below:
+        warnings.warn(
+            f"tensors that already keep less than the floor {floor} ({len(below):,}): {listed(below)}; "
+            "their pruned positions stay pruned",
+            SfpWarning,
+            stacklevel=2,
+        )
 
     def put(names: Iterable[str], writer: Writer) -> None:
         for name in names:

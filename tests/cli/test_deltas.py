@@ -85,12 +85,12 @@ def test_a_wrong_base_is_named_with_both_checksums_and_nothing_is_written(
 ) -> None:
     target = tmp_path / "new.safetensors"
     target.write_bytes(b"old")
-    for words in (
-        ("step-1.safetensors", "d1.sfp"),
-        ("step-0.safetensors", "d2.sfp"),
-        ("step-0.safetensors", "d1.sfp", "d1.sfp"),
-        ("step-0.safetensors", "d2.sfp", "d1.sfp"),
-        ("step-0.safetensors", "d1.sfp", "d3.sfp"),
+    for words, faulty, base in (
+        (("step-1.safetensors", "d1.sfp"), "d1.sfp", "step-1.safetensors"),
+        (("step-0.safetensors", "d2.sfp"), "d2.sfp", "step-0.safetensors"),
+        (("step-0.safetensors", "d1.sfp", "d1.sfp"), "d1.sfp", "d1.sfp"),
+        (("step-0.safetensors", "d2.sfp", "d3.sfp"), "d2.sfp", "step-0.safetensors"),
+        (("step-0.safetensors", "d1.sfp", "d3.sfp"), "d3.sfp", "d1.sfp"),
     ):
         capsys.readouterr()
         assert sfp("apply", *(tmp_path / word for word in words), "-o", target) == 2
@@ -98,9 +98,45 @@ def test_a_wrong_base_is_named_with_both_checksums_and_nothing_is_written(
         assert "E_BASE" in error
         assert "has the checksum" in error
         assert "(tensor '" in error
-        assert f"on {tmp_path / 'step-'}" in error
+        assert f"{tmp_path / faulty} on {tmp_path / base}: " in error
         assert target.read_bytes() == b"old"
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_errors_name_the_damaged_delta(tmp_path: Path, steps: list[Arrays], capsys: Capture) -> None:
+    data = bytearray((tmp_path / "d2.sfp").read_bytes())
+    data[100] ^= 1  # in the first chunk, after the preamble of 64 bytes
+    (tmp_path / "d2.sfp").write_bytes(data)
+    chain = [tmp_path / f"d{n}.sfp" for n in (1, 2, 3)]
+    assert sfp("apply", tmp_path / "step-0.safetensors", *chain, "-o", tmp_path / "new.sfp") == 2
+    assert f"error: {tmp_path / 'd2.sfp'}: E_CRC" in capsys.readouterr().err
+    assert sfp("diff", tmp_path / "step-1.safetensors", tmp_path / "d2.sfp") == 2
+    assert f"error: {tmp_path / 'd2.sfp'}: E_CRC" in capsys.readouterr().err
+    assert sfp("diff", tmp_path / "step-1.safetensors", tmp_path / "d1.sfp") == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'd1.sfp'} on {tmp_path / 'step-1.safetensors'}: E_BASE" in error
+
+
+def test_figures_of_a_delta_are_about_the_tensors_of_the_result(
+    tmp_path: Path, steps: list[Arrays], capsys: Capture
+) -> None:
+    assert sfp("info", tmp_path / "d1.sfp") == sfp("verify", tmp_path / "d1.sfp") == 0
+    out = capsys.readouterr().out
+    assert "% pruned" not in out
+    assert "bits per weight" not in out
+    assert out.count(" changed, ") == 2
+    assert sfp("verify", tmp_path / "d1.sfp", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert sum(found["delta"].values()) == len(steps[0])
+
+
+def test_pruning_a_delta_is_refused_with_the_command_that_makes_a_model(
+    tmp_path: Path, steps: list[Arrays], capsys: Capture
+) -> None:
+    assert sfp("prune", tmp_path / "d1.sfp", "-o", tmp_path / "o.sfp", "--sparsity", "0.5") == 2
+    error = capsys.readouterr().err
+    assert "'sfp apply BASE " in error
+    assert "sfpformat.open" not in error
 
 
 def test_models_and_deltas_are_told_apart(tmp_path: Path, steps: list[Arrays], capsys: Capture) -> None:

@@ -95,11 +95,11 @@ def test_the_summary_states_the_error_of_every_change_against_the_input(
     assert {row["identical"] for row in found} == {False}
     if len(found) == 1:
         assert group["total_error_db"] == pytest.approx(found[0]["error_db"])
-    errors = sum(
-        float(np.square(TENSORS[n].astype(np.float64) - load_file(source.with_name("m.sfp"))[n]).sum())
-        for n in group["tensors"]
-    )
-    power = sum(float(np.square(TENSORS[n].astype(np.float64)).sum()) for n in group["tensors"])
+    packed, errors, power = load_file(source.with_name("m.sfp")), 0.0, 0.0
+    for name in group["tensors"]:
+        wide = TENSORS[name].astype(np.float64)
+        errors += float(np.square(packed[name].astype(np.float64) - wide).sum())
+        power += float(np.square(wide).sum())
     assert group["total_error_db"] == pytest.approx(decibels(errors, power))
     run("pack", source, "-o", source.with_name("m.sfp"), *words.split())
     out = capsys.readouterr().out

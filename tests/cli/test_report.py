@@ -407,3 +407,67 @@ def test_a_fault_that_quotes_a_long_string_is_shortened(tmp_path: Path, capsys: 
     fault = sfpformat.InvalidFileError("R-TEN-003", f"unknown dtype {'F' * 1_000_000!r}", tensor="t" * 1000)
     assert len(str(fault)) < 600
     assert len(fault.detail) > 1_000_000
+
+
+# ------------------------------------------------------------------------------------------ small messages
+
+
+def test_a_missing_file_does_not_end_the_check_of_the_others(tmp_path: Path, capsys: Capture) -> None:
+    good = sample(tmp_path / "good.sfp")
+    bad = tmp_path / "bad.sfp"
+    bad.write_bytes(everything()[:-1])
+    assert run("verify", tmp_path / "none.sfp", bad, good, "--json") == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [(Path(each["file"]).name, each["ok"]) for each in found] == [
+        ("none.sfp", False),
+        ("bad.sfp", False),
+        ("good.sfp", True),
+    ]
+    assert "No such file" in found[0]["error"]
+    assert found[0]["error"] in err
+    assert found[1]["error"] is found[2]["error"] is None
+    assert run("verify", tmp_path / "none.sfp", good) == 2
+    assert "good.sfp: no faults" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "prune", "apply", "load"])
+def test_a_safetensors_file_in_place_of_an_sfp_file_is_named(
+    command: str, tmp_path: Path, capsys: Capture
+) -> None:
+    source = make(tmp_path / "m.safetensors")
+    if command == "load":
+        with pytest.raises(sfpformat.InvalidFileError, match="probably a safetensors file, which 'sfp pack'"):
+            load_file(source)
+        return
+    words: dict[str, list[object]] = {
+        "verify": [source],
+        "prune": [source, "-o", tmp_path / "o.sfp", "--sparsity", "0.5"],
+        "apply": [source, source, "-o", tmp_path / "o.safetensors"],
+    }
+    told = "is a model, not a delta" if command == "apply" else "is a safetensors file"
+    assert run(command, *words[command]) in (1, 2)
+    assert told in "".join(capsys.readouterr())
+
+
+def test_one_tensor_of_one_weight_is_counted_in_the_singular(tmp_path: Path, capsys: Capture) -> None:
+    source = make(tmp_path / "m.safetensors", {"one": np.ones(1, np.float32)})
+    run("pack", source, "-o", tmp_path / "m.sfp")
+    run("info", tmp_path / "m.sfp")
+    assert "1 tensor, 1 weight, " in capsys.readouterr().out
+    run("verify", tmp_path / "m.sfp")
+    assert "; 1 tensor, " in capsys.readouterr().out
+    run("unpack", tmp_path / "m.sfp", "-o", tmp_path / "n.safetensors")
+    out = capsys.readouterr().out
+    assert out.startswith("1 tensor, ")
+    assert " 0.0 s" not in out
+    assert "(0 " not in out
+
+
+def test_an_empty_name_of_the_output_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    source = make(tmp_path / "m.safetensors")
+    assert "the name of the file to write is empty" in error_of(capsys, "pack", source, "-o", "")
+
+
+def test_engines_with_a_pattern_of_tensors_but_no_file_are_refused(capsys: Capture) -> None:
+    assert "--tensors needs a FILE" in error_of(capsys, "info", "--engines", "--tensors", "*")

@@ -411,3 +411,66 @@ def test_importances_that_do_not_fit_are_refused(
     words = ("--importance", tmp_path / "i.safetensors")
     assert told in error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", *words)
     assert sorted(os.listdir(tmp_path)) == ["i.safetensors", "m.safetensors"]
+
+
+# ------------------------------------------------------------------------------- options without effect
+
+
+def of_importances(folder: Path, words: str) -> list[object]:
+    """The arguments of a pack of one matrix with an importance."""
+    array = np.random.default_rng(4).standard_normal((80, 64)).astype(np.float32)
+    save_file({"w": array, "v": array + 1}, folder / "m.safetensors")
+    save_file({"w": np.abs(array)}, folder / "f.safetensors")
+    save_file({}, folder / "empty.safetensors")
+    files = [str(folder / word) if word.endswith(".safetensors") else word for word in words.split()]
+    return ["pack", folder / "m.safetensors", "-o", folder / "m.sfp", *files]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--importance f.safetensors --importance-bits 0", "has no effect: --importance-bits 0 stores none"),
+        ("--importance empty.safetensors", "has no effect: the file has no tensors"),
+        ("--importance-bits 3", "--importance-bits needs --importance"),
+        ("--like w --importance-bits 3", "--importance-bits needs --importance"),
+        ("--bits 4 --weighted root", "--weighted needs --importance with an importance of 'v'"),
+        ("--bits 4 --weighted root --importance f.safetensors", "an importance of 'v'; "),
+    ],
+)
+def test_options_about_importances_without_effect_are_refused(
+    words: str, told: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert told in error_of(capsys, *of_importances(tmp_path, words))
+    assert not (tmp_path / "m.sfp").exists()
+
+
+def test_importances_that_only_weight_errors_are_accepted(tmp_path: Path) -> None:
+    words = "--like w --bits 4 --weighted root --importance-bits 0"
+    given = of_importances(tmp_path, "--importance f.safetensors")
+    assert main([*map(str, given), *words.split()]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--bits 4 --mantissa-bits 3", "--mantissa-bits had no effect"),
+        ("--bits 4 --like w --mantissa-bits 3", "--mantissa-bits had no effect"),
+        ("--mantissa-bits 3", ""),
+        ("--bits 30 --mantissa-bits 3", ""),
+        ("--window 3", ""),
+        ("--window 1 --chunk 4096 --mask none --mantissa-bits 3", "--window had no effect"),
+        ("--zeros positive", "--zeros positive had no effect: no weight is -0"),
+        ("--preset speed", ""),
+    ],
+)
+def test_the_summary_names_options_without_effect(
+    words: str, told: str, tmp_path: Path, capsys: Capture
+) -> None:
+    given = [*map(str, of_importances(tmp_path, "")), *words.split()]
+    assert main(given) == 0
+    out = capsys.readouterr().out
+    assert (told or "had no effect") in out if told else "had no effect" not in out
+    assert main([*given[:4], "--json", *given[4:]]) == 0
+    assert [each["option"] for each in json.loads(capsys.readouterr().out)["without_effect"]] == (
+        [told.split(" had")[0]] if told else []
+    )

@@ -252,3 +252,23 @@ def test_import_star_hides_no_builtin(module: str) -> None:
     assert not (set(there) - {"__builtins__"}) & set(dir(builtins))
     found = importlib.import_module(module)
     assert module not in ("sfpformat", "sfpformat.torch") or callable(found.open)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Uniform(bits=True),
+        lambda: Uniform(budget=True),
+        lambda: Uniform(step=True),
+        lambda: Uniform(error_db=True),
+        lambda: Uniform(bits=3, rate_weight=False),
+        lambda: Uniform(bits=3, scale=True),
+        lambda: Table(centroids=True),
+        lambda: Table(bits=True),
+        lambda: ImportanceOptions(bits=True),
+        lambda: Options(codes=True),
+    ],
+)
+def test_a_bool_in_place_of_a_number_is_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(OptionError, match=r"is (True|False), must be"):
+        call()

@@ -355,3 +355,21 @@ def test_a_written_file_has_default_permissions(tmp_path: Path) -> None:
     finally:
         os.umask(mask)
     assert (tmp_path / "m").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("F32", [0, 1 << 62]), ("F32", [1 << 61, 0]), ("F4", [0, 1 << 63 - 1, 4]), ("C64", [1 << 60, 0, 1])],
+)
+def test_an_empty_tensor_of_a_shape_that_no_array_has_is_refused(dtype: str, shape: list[int]) -> None:
+    header = json.dumps({"h": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(SafetensorsError, match=r"tensor 'h': a shape of \[.*\] is too large"):
+        parse_header(header, 0)
+
+
+def test_empty_tensors_of_the_greatest_shapes_are_read(tmp_path: Path) -> None:
+    fields = {"h": {"dtype": "F32", "shape": [0, (1 << 61) - 1], "data_offsets": [0, 0]}}
+    header = json.dumps(fields).encode()
+    (tmp_path / "m").write_bytes(struct.pack("<Q", len(header)) + header)
+    with SafetensorsFile(tmp_path / "m") as file:
+        assert file.read("h").shape == (0, (1 << 61) - 1)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sfpformat import Options, Uniform
+import sfpformat
+from sfpformat import OptionError, Options, Uniform
 from sfpformat.io.threads import Workers, default_threads
-from sfpformat.numpy import save
+from sfpformat.numpy import load_file, save
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -78,3 +81,19 @@ def test_the_bytes_do_not_depend_on_the_planning_threads(kind: str, engine: str)
         for threads in (1, 4)
     ]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("threads", [0, -1, "2", 1.5, True])
+def test_an_invalid_number_of_threads_is_refused(threads: Any, tmp_path: Path) -> None:
+    tensors = {"w": np.ones((4, 8), np.float32)}
+    data = save(tensors)
+    (tmp_path / "m.sfp").write_bytes(data)
+    for call in (
+        lambda: save(tensors, threads=threads),
+        lambda: load_file(tmp_path / "m.sfp", threads=threads),
+        lambda: sfpformat.open(data, threads=threads),
+        lambda: sfpformat.write_delta(tmp_path / "d.sfp", tensors, tensors, threads=threads),
+    ):
+        with pytest.raises(OptionError, match=r"threads is .* must be a whole number of at least 1"):
+            call()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.sfp"]

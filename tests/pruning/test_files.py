@@ -516,3 +516,14 @@ def test_other_keys_of_an_entry_are_kept_when_a_file_is_pruned_again(tmp_path: P
         assert reprune(file, tmp_path / "b.sfp", Sparsity(0.5)).pruned == ("pruned",)
     with sfpformat.open(tmp_path / "b.sfp") as file:
         assert [file.info(name).unknown for name in file] == [keys, keys]
+
+
+def test_a_floor_that_pruned_tensors_are_below_is_reported(tmp_path: Path) -> None:
+    array = np.arange(1, 1001, dtype=np.float32).reshape(20, 50)
+    pruned = np.where(array > 300, array, 0).astype(np.float32)
+    save_file({"w": pruned}, tmp_path / "a.sfp", importances={"w": array})
+    with sfpformat.open(tmp_path / "a.sfp") as file, pytest.warns(SfpWarning) as found:
+        assert reprune(file, tmp_path / "b.sfp", 0.5, floor=0.9).after == 300
+    messages = [str(each.message) for each in found]
+    assert any("allows 100 pruned positions, not 500" in words for words in messages)
+    assert any("already keep less than the floor 0.9 (1): 'w'" in words for words in messages)

@@ -209,7 +209,7 @@ def test_a_single_string_for_exempt_is_one_pattern() -> None:
 
 
 def test_a_floor_that_prevents_the_sparsity_warns() -> None:
-    with pytest.warns(SfpWarning, match="50 positions are pruned, not 80"):
+    with pytest.warns(SfpWarning, match="it allows 50 pruned positions, not 80"):
         masks = masks_of({"a": np.arange(100.0)}, Sparsity(0.8), floor=0.5)
     assert achieved(masks) == 0.5
 
