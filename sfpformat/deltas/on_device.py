@@ -20,11 +20,11 @@ from ..coding.changes import kind_of
 from ..container.delta_map import DeltaTensor
 from ..dtypes import Dtype
 from ..engines import CheckedBlock, DeviceBlock, DeviceChanges, DevicePart, PendingBlocks, PlacedChanges
-from ..errors import FileFault, PartlyChangedError
+from ..errors import FileFault, PartlyChangedError, fault
 from ..io.closing import Closing
 from ..names import listed
 from .applying import check_stored, of_members
-from .reading import Delta, Part, PoolChanges
+from .reading import Delta, Part, PoolChanges, misfit_words
 
 # Memory of the device for changes: of the batches that it works on, unless a block needs more; and of those
 # that are kept. Further changes are kept in a temporary file, of which the host has this much in memory.
@@ -164,7 +164,8 @@ class DeviceChange(Closing):
             checked |= self._finished(pool, parts, running.popleft())
         for block, one in checked.items():
             if one.misfit is not None:
-                faults[block] = pool.misfit(block, one.misfit)
+                words = misfit_words(block, one.misfit)
+                faults[block] = fault("R-DLT-011", words, tensor=pool.pool.differences, offset=pool.offset)
         bases = of_members(pool, ((parts[block], checked[block].bases) for block in range(pool.blocks)))
         for tensor, base in zip(pool.members, bases, strict=True):
             self._delta.require_checksum(tensor, base)

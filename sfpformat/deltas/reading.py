@@ -20,7 +20,7 @@ from ..decode.reader import SfpFile
 from ..decode.selection import Selection
 from ..decode.shards import ShardedFile
 from ..engines import Engine, Misfit, get_engine
-from ..errors import FileFault, OptionError, fault, placed
+from ..errors import OptionError, fault, placed
 from ..io.closing import Closing
 from ..io.paths import is_index, model_path
 from ..io.source import Readable
@@ -163,17 +163,14 @@ class PoolChanges:
         for part in base:
             found = engine.place_changes(part, self.kind, buckets, gaps, levels, positions[at:], values[at:])
             if found < 0:
-                raise self.misfit(block, Misfit.FEWER)
+                words = misfit_words(block, Misfit.FEWER)
+                raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
             out.append(Found(positions[at : at + found], values[at : at + found]))
             at += found
         if not np.array_equal(buckets.level, buckets.last):
-            raise self.misfit(block, Misfit.LEFT)
+            words = misfit_words(block, Misfit.LEFT)
+            raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
         return out
-
-    def misfit(self, block: int, why: Misfit) -> FileFault:
-        """Returns the fault of a block whose changes do not fit the base's elements (R-DLT-011)."""
-        words = why.value.replace("bucket", f"bucket of block {block}", 1)
-        return fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
 
     def numbers_of(
         self, block: int, last: int | None = None
@@ -234,6 +231,11 @@ class PoolChanges:
             _numbers(gaps[int(self._first_gap[block]) : int(self._first_gap[stop])]),
             _numbers(levels[int(first[block]) : int(first[stop])]),
         )
+
+
+def misfit_words(block: int, why: Misfit) -> str:
+    """Returns why the changes of a block do not fit the base's elements (R-DLT-011)."""
+    return why.value.replace("bucket", f"bucket of block {block}", 1)
 
 
 def _numbers(array: NDArray[np.generic]) -> NDArray[np.unsignedinteger]:
