@@ -2,7 +2,8 @@
 
 Segments of similar statistics share a code. A few rounds of k-means find them; the distance is the length of
 a segment under a code. All numbers are integers, so that every platform and every engine finds the same
-clusters. This module is the reference implementation.
+clusters; below 2^53 they are exact in float64, whose matrix product is fast. This module is the reference
+implementation.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) ->
     size, symbols = sample.shape
     wide = sample.astype(np.int64)
     means = ((wide @ order) << COST_FRACTION) // np.maximum(wide.sum(1), 1)
+    exact = sample.astype(np.float64)
     rank = np.argsort(means * size + np.arange(size))
     best: tuple[int, Costs] | None = None
     for number in NUMBERS_OF_CODES:
@@ -82,8 +84,9 @@ def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) ->
         chosen = np.zeros(size, np.int64)
         chosen[rank] = np.arange(size) * number // size
         for _ in range(ROUNDS if number > 1 else 1):
-            costs = symbol_costs(np.stack([wide[chosen == i].sum(0) for i in range(number)]))
-            chosen, bits = _cheapest(sample, costs)
+            members = (chosen == np.arange(number)[:, None]).astype(np.float64)
+            costs = symbol_costs((members @ exact).astype(np.int64))
+            chosen, bits = _cheapest(exact, costs)
         side = size * (number - 1).bit_length() + number * symbols * 4 * size // segments
         whole = int(bits.sum()) + (side << COST_FRACTION)
         if best is not None and whole >= best[0]:
@@ -100,10 +103,9 @@ def symbol_costs(totals: NDArray[np.int64]) -> Costs:
     return (bits >> (FRACTION - COST_FRACTION)).astype(np.int32)
 
 
-def _cheapest(rows: Rows, costs: Costs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _cheapest(rows: NDArray[np.float64], costs: Costs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns the cheapest code of each segment, and its cost. If several are cheapest, the first."""
-    # Integers below 2^53 are exact in float64, whose matrix product is fast.
-    bits = rows.astype(np.float64) @ costs.T.astype(np.float64)
+    bits = rows @ costs.T.astype(np.float64)
     return bits.argmin(1), bits.min(1).astype(np.int64)
 
 
@@ -117,7 +119,7 @@ def assign(rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int6
     totals = np.zeros(costs.shape, np.int64)
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         part = rows[start : start + _ROWS_AT_A_TIME]
-        chosen, _ = _cheapest(part, costs)
+        chosen, _ = _cheapest(part.astype(np.float64), costs)
         codes[start : start + len(part)] = chosen
         for code in range(len(costs)):
             totals[code] += part[chosen == code].sum(0)
