@@ -187,7 +187,7 @@ class Change:
         self._found: dict[tuple[int, int], list[Found]] = {}  # pool, block -> its changes
         self._room = _KEPT_BYTES
         self._lock = threading.Lock()
-        self._shared = _shared_memory(views)
+        self._shared = self._shares_memory()
 
     def check(self) -> None:
         """Makes all checks: of the base, of the delta, and of the result's checksums. Changes nothing.
@@ -204,6 +204,32 @@ class Change:
         for tensor in self._delta.map.tensors:
             if tensor.kind in ("replaced", "added"):
                 check_stored(self._delta, tensor)
+
+    def _shares_memory(self) -> bool:
+        """Returns whether two tensors, such as tied weights, have the same memory.
+
+        Their changes are then kept until they are made: after the changes of one, those of the other could
+        not be found again.
+
+        Raises:
+            MismatchError: two tensors share memory, but the delta does not change them in the same way.
+        """
+        listed = {tensor.name: tensor for tensor in self._delta.map.tensors}
+        places = sorted((_address(view), view.nbytes, name) for name, view in self.views.items() if view.size)
+        shared = False
+        end, last = 0, ""
+        for address, size, name in places:
+            if address < end:
+                one, other = listed[last], listed[name]
+                same = (address, size) == (_address(self.views[last]), self.views[last].nbytes)
+                written = {"changed", "replaced"} & {one.kind, other.kind}
+                if written and not (same and one.result == other.result):
+                    words = "share memory, but differ in the result of the delta"
+                    raise MismatchError(f"{quoted(last)} and {quoted(name)} {words}")
+                shared |= same
+            if address + size > end:
+                end, last = address + size, name
+        return shared
 
     def _check_pool(self, number: int, pool: PoolChanges) -> None:
         checked = [_Checked(pool.parts(block)) for block in range(pool.blocks)]
@@ -341,13 +367,3 @@ def of_members(pool: PoolChanges, blocks: Iterable[tuple[list[Part], list[int]]]
 
 def _address(view: NDArray[np.generic]) -> int:
     return int(view.__array_interface__["data"][0]) if view.size else 0
-
-
-def _shared_memory(views: Mapping[str, Patterns]) -> bool:
-    """Returns whether two tensors, such as tied weights, have the same memory.
-
-    Their changes are then kept until they are made: after the changes of one, those of the other could not be
-    found again.
-    """
-    places = [_address(view) for view in views.values() if view.size]
-    return len(places) != len(set(places))

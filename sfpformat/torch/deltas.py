@@ -23,9 +23,20 @@ from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, require_mapping
 from .device_deltas import apply_on_device, device_for
+from .layers import compressed_weights
+from .overlaps import is_written, require_separate
 from .sharded_deltas import write_sharded_delta
 from .sliced_deltas import SliceIndex, apply_slices, is_distributed
-from .tensors import Array, address_of, array_of, memory_of, require_memory, tensor_of
+from .tensors import (
+    Array,
+    address_of,
+    array_of,
+    count_write,
+    memory_of,
+    require_memory,
+    tensor_of,
+    torch_dtype,
+)
 from .ties import TiedNames
 
 # What holds the tensors of a model.
@@ -121,7 +132,7 @@ def named_tensors(
     """Returns the tensors of a module, tied ones under one name; other sources unchanged."""
     if not isinstance(source, torch.nn.Module):
         return source
-    state = dict(source.state_dict(keep_vars=True))
+    state = state_of(source)
     tied = TiedNames(state)
     return {name: tensor for name, tensor in state.items() if tied.kept(name) == name}
 
@@ -155,8 +166,8 @@ def apply_delta(
 
     Args:
         target: a module, or a state dict. It must have exactly the tensors of the base; a tied tensor of a
-            module needs only one of its names. A module keeps its structure: for a delta that adds, removes
-            or reshapes tensors, pass a state dict.
+            module needs only one of its names. A module keeps its structure and dtypes: for a delta that
+            changes them, pass a state dict.
         delta: the delta, as for `sfpformat.open`, or an open `sfpformat.Delta`.
         slices: name -> the slice of the whole tensor that the target has, such as ``np.s_[:, 64:128]``.
             Tensors without one are whole, or DTensors with the placements Shard and Replicate.
@@ -184,9 +195,25 @@ def apply_delta(
     if slices is not None or _has_dtensors(target):
         return apply_slices(target, delta, slices or {}, group)
     state = _state_of(target, delta.map)
+    require_separate(state, delta.map)
+    written = [state[tensor.name] for tensor in delta.map.tensors if is_written(tensor, state)]
     device = device_for(state, delta)
     if device is not None:
-        return apply_on_device(state, delta, device, partial(_restructure, target))
+        apply_on_device(state, delta, device, partial(_restructure, target))
+    else:
+        _apply_on_cpu(target, state, delta, threads)
+    for tensor in written:
+        count_write(tensor)
+    return delta.map
+
+
+def _apply_on_cpu(
+    target: torch.nn.Module | MutableMapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    delta: Delta,
+    threads: int | None,
+) -> None:
+    """Changes tensors in CPU memory, and copies of all others."""
     arrays: dict[str, Array] = {}
     copied: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
@@ -214,7 +241,6 @@ def apply_delta(
                 del target[name]
 
     uninterrupted(finish)
-    return delta.map
 
 
 def _restructure(
@@ -232,6 +258,21 @@ def _has_dtensors(target: object) -> bool:
     if isinstance(target, torch.nn.Module):
         return any(map(is_distributed, chain(target.parameters(), target.buffers())))
     return isinstance(target, Mapping) and any(map(is_distributed, target.values()))
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the ``state_dict`` of a module, with its own tensors.
+
+    Raises:
+        OptionError: layers are compressed.
+    """
+    names = sorted(compressed_weights(model))
+    if names:
+        raise OptionError(
+            f"layers of the module are compressed, so that a delta finds no elements: {listed(names)}; call "
+            "decompress_model first"
+        )
+    return dict(model.state_dict(keep_vars=True))
 
 
 def _memory_of(tensor: torch.Tensor, name: str) -> Array:
@@ -253,7 +294,7 @@ def _state_of(
     if not isinstance(target, torch.nn.Module):
         require_mapping(target, "target")
         return target
-    state = dict(target.state_dict(keep_vars=True))
+    state = state_of(target)
     known = {tensor.name: tensor for tensor in delta.tensors}
     new = [
         tensor.name
@@ -262,12 +303,14 @@ def _state_of(
         or (
             tensor.kind == "replaced"
             and tensor.name in state
-            and (tuple(state[tensor.name].shape) != tensor.shape)
+            and (state[tensor.name].dtype, tuple(state[tensor.name].shape))
+            != (torch_dtype(tensor.dtype.name), tensor.shape)
         )
     ]
     if new:
         raise OptionError(
-            f"the delta adds, removes or reshapes {listed(new)}, which a module cannot; pass a state dict"
+            f"the delta adds, removes, reshapes or changes the dtype of {listed(new)}, which a module "
+            "cannot; pass a state dict"
         )
     places = {address_of(state[name]) for name in known if name in state}
     return {

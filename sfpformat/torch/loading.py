@@ -21,6 +21,7 @@ from .files import batches, is_decoded_on
 from .name_hints import hint
 from .tensors import (
     address_of,
+    count_write,
     first_line,
     format_dtype,
     is_wrapper,
@@ -272,7 +273,7 @@ def fill(
             {name: memory_of(tensor).reshape(file.info(name).shape) for name, tensor in direct.items()}
         )
         for name, tensor in direct.items():
-            _count_change(tensor)
+            count_write(tensor)
             for other in rest.pop(name, []):
                 _copy(name, tensor, other, lost)
         for batch in batches({name: file.info(name).decoded_bytes for name in rest}):
@@ -392,12 +393,6 @@ def _put(places: Mapping[str, Place], group: Group, tensor: torch.Tensor) -> Non
         module, attribute = places[name].module, places[name].attribute
         # `setattr`, as in torch's own loading: an LSTM, for example, also keeps its weights in a list.
         setattr(module, attribute, tensor if parameter is None else parameter)
-
-
-def _count_change(tensor: torch.Tensor) -> None:
-    """Tells autograd that memory was written, as an operation of torch does."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
 
 
 @contextmanager

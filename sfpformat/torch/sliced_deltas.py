@@ -14,7 +14,8 @@ from ..deltas.reading import Delta
 from ..deltas.slices import Slice, apply_to_slices
 from ..errors import OptionError
 from ..names import listed, quoted, require_mapping, unmatched
-from .tensors import Array, address_of, array_of, memory_of, require_memory, tensor_of
+from .overlaps import is_written, require_separate
+from .tensors import Array, address_of, array_of, count_write, memory_of, require_memory, tensor_of
 
 # The part of a tensor that a process holds, such as ``np.s_[:, 64:128]``.
 SliceIndex: TypeAlias = slice | EllipsisType | tuple[slice | EllipsisType, ...]
@@ -45,6 +46,8 @@ def apply_slices(
     if isinstance(target, torch.nn.Module):  # a tied tensor needs only one of its names
         places = {address_of(held[name][0]) for name in shapes if name in held}
         held = {n: part for n, part in held.items() if n in shapes or address_of(part[0]) not in places}
+    locals_ = {name: local for name, (local, _, _) in held.items()}
+    require_separate(locals_, delta.map)
     copied: dict[str, tuple[Array, torch.Tensor]] = {}
     parts = {
         name: Slice(_array(name, local, copied), shape, start) for name, (local, shape, start) in held.items()
@@ -71,6 +74,9 @@ def apply_slices(
                     tensor.copy_(tensor_of(array))
 
     uninterrupted(finish)
+    for tensor in found.tensors:
+        if is_written(tensor, locals_):
+            count_write(locals_[tensor.name])
     return found
 
 

@@ -88,6 +88,12 @@ def memory_of(tensor: torch.Tensor) -> Array:
     return np.asarray(plain.view(as_torch).numpy().view(dtype.numpy))
 
 
+def count_write(tensor: torch.Tensor) -> None:
+    """Tells autograd that memory was written, as an operation of torch does."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 def array_of(tensor: torch.Tensor, name: str = "", kind: str = "tensor") -> Array:
     """Returns a tensor as an array of the same shape and bits. Shares its memory if possible.
 

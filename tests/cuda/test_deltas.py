@@ -551,11 +551,12 @@ def test_the_cpu_applies_deltas_of_many_tensors_and_for_other_engines(
         assert device_deltas.device_for(state, opened) is None
 
 
-def test_tensors_that_overlap_become_the_result_on_the_cpu(devices: Devices) -> None:
+def test_tensors_that_overlap_are_refused(devices: Devices) -> None:
     whole = torch.ones(6)
     target = {"a": whole[:4], "b": whole[2:]}
-    apply_delta(target, doubled(target))
-    assert whole.tolist() == [2] * 6
+    with pytest.raises(OptionError, match="share memory"):
+        apply_delta(target, doubled(target))
+    assert whole.tolist() == [1] * 6
     assert not devices.launched
 
 
