@@ -1,4 +1,4 @@
-"""A driver for a reader. Copy it for your own reader and replace `read`, which calls this package's reader.
+"""A driver for a reader. Copy it for your own reader, and replace `decode` and `apply`, which call this package's.
 
 sfp conformance run --decoder 'python conformance/drivers/reader.py'
 """
@@ -6,35 +6,52 @@ sfp conformance run --decoder 'python conformance/drivers/reader.py'
 import json
 import pathlib
 import sys
+from typing import Any
 
 import sfpformat
+from sfpformat.deltas.result import DeltaFile
 
 *limits, how = sys.argv[1:]
 LIMITS = sfpformat.Limits(**{name: int(n) for name, n in (word.split("=") for word in limits)})
 
 
-def read(path: str, folder: pathlib.Path) -> list[dict[str, object]]:
-    """Decodes a file and writes its arrays into a folder. Returns descriptions of its tensors, in order."""
-    tensors: list[dict[str, object]] = []
+def decode(path: str, folder: str) -> dict[str, object]:
+    """Decodes a file, and writes its arrays into a folder."""
     with sfpformat.SfpFile(path, limits=LIMITS) as file:
-        for number, name in enumerate(file):
-            values, info = file.get_tensor(name), file.info(name)
-            (folder / f"{number}.bin").write_bytes(values.tobytes())
-            if info.mask:
-                (folder / f"{number}.mask.bin").write_bytes(file.get_mask(name).tobytes())
-            importance = file.get_importance(name)
-            if importance is not None:
-                (folder / f"{number}.importance.bin").write_bytes(importance.tobytes())
-            tensors.append({"name": name, "dtype": info.dtype, "shape": list(info.shape)})
-    return tensors
+        return written(file, lambda name: bool(file.info(name).mask), folder)
+
+
+def apply(path: str, base: str, folder: str) -> dict[str, object]:
+    """Computes the result of a delta and its base, and writes its arrays into a folder."""
+    with DeltaFile(path, base, limits=LIMITS) as file:
+        file.check_base()
+        parts = {name: file.parts(name) for name in file}
+        return written(file, lambda name: parts[name] is not None and parts[name].structure.masked, folder)
+
+
+def written(file: Any, masked: Any, folder: str) -> dict[str, object]:
+    """Writes the arrays of all tensors into a folder. Returns their descriptions, in order."""
+    tensors = []
+    for number, name in enumerate(file):
+        arrays = {"": file.get_tensor(name), ".importance": file.get_importance(name)}
+        if masked(name):
+            arrays[".mask"] = file.get_mask(name)
+        for what, array in arrays.items():
+            if array is not None:
+                pathlib.Path(folder, f"{number}{what}.bin").write_bytes(array.tobytes())
+        part = file.get_slice(name)
+        tensors.append({"name": name, "dtype": part.get_dtype(), "shape": part.get_shape()})
+    return {"ok": True, "metadata": file.metadata(), "tensors": tensors}
 
 
 def answer(question: str, *words: str) -> dict[str, object]:
     """Returns the answer to a question."""
-    if question != "decode":
-        return {"ok": False, "detail": f"unknown question {question!r}"}
+    questions: dict[str, Any] = {"decode": decode, "apply": apply}
+    if question not in questions:
+        return {"ok": False, "unsupported": True, "detail": f"unknown question {question!r}"}
     try:
-        return {"ok": True, "tensors": read(words[0], pathlib.Path(words[1]))}
+        answered: dict[str, object] = questions[question](*words)
+        return answered
     except sfpformat.FileFault as e:
         return {"ok": False, "error": e.code, "clause": e.clause, "tensor": e.tensor, "offset": e.offset}
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed
 from .calibration_sums import GradientSums, InputSums, Statistics
+from .checkpoints import Checkpoint
+from .identity import identified, of_model
 from .masked import MaskedModel
 from .padding import CountedInputs
 from .processes import Processes
@@ -37,6 +39,7 @@ def statistics(
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 16,
     progress: Progress = lambda batch, loss: None,
+    resumed: Callable[[int], None] = lambda batches: None,
     group: Any = None,
 ) -> dict[str, Statistics]:
     """Computes statistics of the prunable weights from calibration batches. The model is unchanged.
@@ -52,15 +55,19 @@ def statistics(
         single: whether to treat each example of a batch as a batch of its own. The mean squared gradient is
             then closer to the Fisher information, but takes longer to compute.
         checkpoint: a file that is written atomically every ``every`` batches and after the last of
-            ``batches``. If it exists, the computation resumes from it.
+            ``batches``. If it exists, the computation resumes from it. It contains a checksum of the model,
+            of the first 8 batches, and of all batches if ``data`` is a list or a tuple. A loader that
+            shuffles needs a generator with a seed, or its batches differ from those of the checkpoint.
         every: the number of batches between checkpoints.
         progress: called after each batch with its number, from 1, and its loss.
+        resumed: called if the computation resumes from a checkpoint, with the number of batches done.
         group: a process group of ``torch.distributed`` whose processes share the batches; None means this
             process alone. All processes need the same model, data and arguments; process r computes every
             batch whose number is r modulo their number. All get the same result, the same bits as one process
             alone. The first process writes the checkpoint, all read it.
 
-    Warns: the loss does not depend on a weight; its gradient is then 0.
+    Warns: the loss does not depend on a weight; its gradient is then 0. An earlier version wrote the
+    checkpoint, without checksums.
 
     A model that ``fully_shard`` divided by rows gives statistics that are sharded alike, by the processes of
     its mesh, with the bits of one process. In each batch all processes need to use the same weights.
@@ -70,8 +77,9 @@ def statistics(
 
     Raises:
         OptionError: a name is not that of a matrix of the model; there are no data; ``single`` is true and a
-            batch has no first dimension to split; or the processes have different data.
-        MismatchError: the checkpoint is damaged, or belongs to other tensors or options.
+            batch has no first dimension to split; the processes have different data; or the folder of the
+            checkpoint does not exist.
+        MismatchError: the checkpoint is damaged, or belongs to other tensors, options, data or another model.
         LossError: the loss of a batch is not finite.
         ProcessError: another process failed or is gone.
     """
@@ -92,17 +100,13 @@ def statistics(
     }
     squared = InputSums(counted, inputs, processes)
     seen = GradientSums(weights, squared, {"batches": batches, "single": single}, processes, sharded)
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None:
-        exists = path.exists()
-        processes.require_same(
-            exists, f"{path} exists only on some processes; use a folder that all processes share"
-        )
-        if exists:
-            seen.load(path)
-            processes.require_same(
-                seen.count, f"{path} differs between processes; use a folder that all processes share"
-            )
+    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), processes, "count")
+    if kept is not None:
+        data, identity = processes.agreed(lambda: identified(data))
+        kept.belongs_to(lambda: {**of_model(model), **identity})
+        seen.load(kept)
+        if seen.count:
+            resumed(seen.count)
     run: _Run = _Whole(model, weights, seen.add) if sharded is None else _Gathered(model, weights, seen.add)
     source = islice(chain.from_iterable(map(examples_of, data)) if single else iter(data), batches)
     for _ in islice(source, seen.count):  # batches before the checkpoint
@@ -114,11 +118,11 @@ def statistics(
                 progress(number, loss)
             before, seen.count = seen.count, seen.count + len(losses)
             if (
-                path is not None
+                kept is not None
                 and losses
                 and (before // every < seen.count // every or seen.count == batches)
             ):
-                seen.save(path)
+                seen.save(kept)
             if len(losses) < processes.world:
                 break
     if not seen.count:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoints
+from .checkpoints import Checkpoint
 from .padding import CountedInputs
 from .processes import Processes
 from .sharded import Sharded
@@ -140,8 +139,8 @@ class GradientSums:
         shape = self._shapes[name]
         return self._processes.joined(share, shape.numel()).view(shape)
 
-    def save(self, path: Path) -> None:
-        """Writes a checkpoint, on the first process."""
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint."""
         state = {
             "count": self.count,
             "used": sorted(self.used_by_any()),
@@ -149,12 +148,18 @@ class GradientSums:
             "squares": {name: self._whole(name, share) for name, share in self._squares.items()},
             **self.inputs.state(),
         }
-        if self._processes.rank == 0:
-            checkpoints.save(path, self._job, state)
+        checkpoint.save(self._job, state)
 
-    def load(self, path: Path) -> None:
-        """Resumes from a checkpoint."""
-        state = checkpoints.load(path, self._job)
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Resumes from a checkpoint if it exists.
+
+        Raises:
+            MismatchError: the checkpoint is damaged, or belongs to other tensors, options, data or another
+                model.
+        """
+        state = checkpoint.load(self._job)
+        if state is None:
+            return
         self.count, self.used = state["count"], set(state["used"])
         for name, total in self._sums.items():
             total.copy_(self._processes.mine(state["sums"][name], self._share[name]))

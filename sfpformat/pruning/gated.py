@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoints
 from .calibration_sums import Statistics
+from .checkpoints import Checkpoint
 from .descent import adam, set_rates, sparsity_at
 from .gates import Gate, Moment, make_gate, threshold_of
 from .learning_settings import LOGIT_RATE, Learned, Settings
@@ -116,7 +115,7 @@ class GateLearner:
         shapes = {name: list(shape) for name, shape in self.network.shapes.items()}
         return {"settings": asdict(self.settings), "sparsities": list(self.sparsities), "shapes": shapes}
 
-    def save(self, path: Path) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint atomically."""
         state = {
             "step": self.step,
@@ -127,15 +126,18 @@ class GateLearner:
             "optimiser": self.optimiser.state_dict(),
             "weights": [w.detach() for w in self.weights.values()] if self.settings.weight_rate else [],
         }
-        checkpoints.save(path, self._job(), state)
+        checkpoint.save(self._job(), state)
 
-    def load(self, path: Path) -> None:
-        """Resumes from a checkpoint.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Resumes from a checkpoint if it exists.
 
         Raises:
-            MismatchError: the checkpoint is damaged, or belongs to other settings, tensors or sparsities.
+            MismatchError: the checkpoint is damaged, or belongs to other settings, tensors, sparsities, data
+                or another model.
         """
-        state = checkpoints.load(path, self._job())
+        state = checkpoint.load(self._job())
+        if state is None:
+            return
         self.step, self.history = state["step"], state["history"]
         self.network.restore(state["network"])
         self.network.base.grad = state["base gradient"]

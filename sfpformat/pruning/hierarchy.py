@@ -182,6 +182,7 @@ class Learner:
         checkpoint: Checkpoint | None,
         every: int,
         chosen: Callable[[int, int], None] = lambda done, total: None,
+        resumed: Callable[[int], None] = lambda step: None,
     ) -> Choice:
         """Learns, then selects the factor on each level with held-out batches.
 
@@ -192,10 +193,13 @@ class Learner:
             every: number of steps between checkpoints.
             chosen: called during the selection, with the number of passes over a held-out batch so far, and
                 their greatest possible total.
+            resumed: called if learning resumes from a checkpoint, with the number of steps done.
         """
         processes, plan = self._processes, self._plan
         if checkpoint is not None:
             self.load(checkpoint)
+        if self.step:
+            resumed(self.step)
         # Process r takes batches r, r + world, …
         numbered = split.numbered(self.step * plan.batches * processes.world)
         batches = islice(numbered, processes.rank, None, processes.world)
@@ -354,7 +358,8 @@ class Learner:
         """Resumes from a checkpoint if it exists.
 
         Raises:
-            MismatchError: the checkpoint is damaged, or belongs to other settings, tensors or sparsities.
+            MismatchError: the checkpoint is damaged, or belongs to other settings, tensors, sparsities, data
+                or another model.
         """
         state = checkpoint.load(self._job())
         if state is None:

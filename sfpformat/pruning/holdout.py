@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, warn
+from .identity import FIRST, Identity, of_batches, of_held_out
 from .levels import Levels, Shares
 from .masked import LEVELS
 from .processes import ALONE, Processes
@@ -51,6 +52,7 @@ class Split:
             raise OptionError("the data can be iterated only once; give a list or a loader")
         self._data = data
         self._places: set[int] = set()
+        self._first: list[Any] | None = None
         if given is not None:
             self.held_out = list(given)
             if not self.held_out:
@@ -61,10 +63,16 @@ class Split:
             raise OptionError("the data contain no batches")
         places = list(range(_EVERY - 1, len(first), _EVERY)) or [len(first) - 1]
         self.held_out = [first[place] for place in places]
+        self._first = first[:FIRST]
         if len(first) > 1:
             self._places = set(places)
         else:
             warn("the data contain only one batch, which both learns and selects the result; give held_out")
+
+    def identity(self) -> Identity:
+        """Returns the checksums of the first batches of the data, and of the held-out batches."""
+        first = self._data if self._first is None else self._first
+        return {**of_batches(first, self._data), **of_held_out(self.held_out)}
 
     def numbered(self, start: int) -> Iterator[tuple[int, int, Any]]:
         """Returns the other batches repeatedly, from batch number ``start``, as `task.numbered`.

@@ -26,8 +26,9 @@ from .features import FEATURES
 from .gated import GateLearner
 from .hierarchy import Learner
 from .holdout import Split
+from .identity import identified, of_model
 from .learning_settings import DEFAULTS, Learned, Settings
-from .processes import Processes
+from .processes import ALONE, Processes
 from .sharded import Sharded
 from .starts import candidate_starts, pattern_groups, select_start, sparsity_of
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
@@ -79,6 +80,7 @@ def learn_importance(
     every: int = 50,
     progress: Progress = lambda step, loss: None,
     chosen: Callable[[int, int], None] = lambda done, total: None,
+    resumed: Callable[[int], None] = lambda step: None,
     group: Any = None,
 ) -> Learned:
     """Learns an importance for each weight. The model is unchanged.
@@ -106,11 +108,15 @@ def learn_importance(
             for the method ``levels``.
         mlp: initial state of the shared network, from another model's `Learned` by the same method.
         checkpoint: a file that is written atomically every ``every`` steps and after the last. If it exists,
-            learning resumes from it, and batches that were already used are skipped.
+            learning resumes from it, and batches that were already used are skipped. It contains a checksum
+            of the model, of the held-out batches, of the first 8 batches, and of all batches if ``data`` is
+            a list or a tuple. A loader that shuffles needs a generator with a seed, or its batches differ
+            from those of the checkpoint.
         every: number of steps between checkpoints.
         progress: called after each step with its number and its loss.
         chosen: called while held-out batches select the result, with the number of passes over a batch that
             are done, and the greatest possible total. Only for the method ``levels``.
+        resumed: called if learning resumes from a checkpoint, with the number of steps that are done.
         group: a process group of ``torch.distributed``, such as ``torch.distributed.group.WORLD``, whose
             processes learn together; None means this process alone. Each needs the same model, data and
             arguments. Process r takes the batches whose number is r modulo their number. All get the same
@@ -124,13 +130,15 @@ def learn_importance(
     two checkpoints in turn, ``CHECKPOINT.a.3-8`` and ``CHECKPOINT.b.3-8`` for process 3 of 8; as many
     processes resume from them.
 
-    Warns: a pattern does not fit some tensors.
+    Warns: a pattern does not fit some tensors. An earlier version wrote the checkpoint, without checksums.
 
     Memory: `bytes_per_weight`, in addition to a training step of the model without an optimiser.
 
     Raises:
-        OptionError: settings or names are invalid, there are no data, or a pattern fits no tensor.
-        MismatchError: the checkpoint is damaged, or belongs to other settings, tensors or sparsities.
+        OptionError: settings or names are invalid, there are no data, a pattern fits no tensor, or the folder
+            of the checkpoint does not exist.
+        MismatchError: the checkpoint is damaged, or belongs to other settings, tensors, sparsities, data or
+            another model.
         LossError: a loss is not finite; the last checkpoint stays valid.
         ProcessError: another process failed or is gone; the last checkpoint stays valid.
     """
@@ -159,6 +167,7 @@ def learn_importance(
             every,
             progress,
             chosen,
+            resumed,
             group,
         )
     if is_sharded(model):
@@ -172,6 +181,10 @@ def learn_importance(
             "patterns"
         )
     weights = chosen_weights(model, tensors)
+    kept = None if path is None else Checkpoint(path, ALONE)
+    if kept is not None:
+        data, identity = identified(data)
+        kept.belongs_to(lambda: {**of_model(model), **identity})
     if found is None:
         found = statistics(model, data, task=task, tensors=list(weights))
     found = _of_weights(model, found, weights, "found")
@@ -179,14 +192,16 @@ def learn_importance(
     if mlp is not None:
         learner.network.mlp.load_state_dict(dict(mlp))
         learner.network.refresh()
-    if path is not None and path.exists():
-        learner.load(path)
+    if kept is not None:
+        learner.load(kept)
+    if learner.step:
+        resumed(learner.step)
     batches = endless(data, learner.step)
     with evaluating(model):
         while learner.step < settings.steps:
             progress(learner.step + 1, learner.learn(next(batches)))
-            if path is not None and (learner.step % every == 0 or learner.step == settings.steps):
-                learner.save(path)
+            if kept is not None and (learner.step % every == 0 or learner.step == settings.steps):
+                learner.save(kept)
     return learner.learned()
 
 
@@ -206,6 +221,7 @@ def _learn_levels(
     every: int,
     progress: Progress,
     chosen: Callable[[int, int], None],
+    resumed: Callable[[int], None],
     group: Any,
 ) -> Learned:
     sharded = Sharded(model, tensors, group) if is_sharded(model) else None
@@ -229,6 +245,8 @@ def _learn_levels(
     processes.require_same(
         split.held_out, "the processes have different batches: give the same data, in the same order, to all"
     )
+    if checkpoint is not None:
+        checkpoint.belongs_to(lambda: {**of_model(model), **split.identity()})
     name, losses = "given", {}
     if start is None:
         if found is None:
@@ -275,7 +293,7 @@ def _learn_levels(
                 "mlp does not fit the shared network; give the mlp of a result of the method levels"
             ) from error
         learner.levels.refresh()
-    choice = learner.run(split, progress, checkpoint, every, chosen)
+    choice = learner.run(split, progress, checkpoint, every, chosen, resumed)
     scored = learner.levels.importances(sum(sparsities) / 2)
     importances = {
         name: scored[name] if name in learned else torch.zeros_like(weight, dtype=torch.float32)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +121,8 @@ class Processes:
         """
         if self.world == 1:
             return
-        found = self.exchanged(lambda: [float(_digest(value))], 1)
+        # 48 bits, which a float64 represents exactly.
+        found = self.exchanged(lambda: [float(int(digest(value)[:12], 16))], 1)
         if any(row != found[0] for row in found):
             raise OptionError(message)
 
@@ -242,15 +244,24 @@ def _distributed() -> Any:
     return torch.distributed
 
 
-def _digest(value: Any) -> int:
-    """Returns a 48-bit hash of the contents of a value."""
+def digest(value: Any) -> str:
+    """Returns the SHA-256 hash of the contents of a value, in hexadecimal digits.
+
+    Args:
+        value: tensors, arrays, numbers and text, and mappings, tuples and lists of them. Of other objects
+            only the type counts.
+    """
     found = hashlib.sha256()
 
     def add(part: Any) -> None:
         if isinstance(part, Tensor):
-            plain = part.detach().cpu().contiguous()
+            plain = part.detach().cpu()
+            plain = (plain if plain.layout is torch.strided else plain.to_dense()).contiguous()
             found.update(f"{plain.dtype}{list(plain.shape)}".encode())
-            found.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        elif isinstance(part, np.ndarray) and part.dtype != object:
+            found.update(f"{part.dtype}{list(part.shape)}".encode())
+            found.update(part.tobytes())
         elif isinstance(part, Mapping):
             for name, item in part.items():
                 found.update(repr(name).encode())
@@ -261,6 +272,8 @@ def _digest(value: Any) -> int:
                 add(item)
         elif part is None or isinstance(part, (str, bytes, bool, int, float)):
             found.update(repr(part).encode())
+        else:
+            found.update(type(part).__qualname__.encode())
 
     add(value)
-    return int.from_bytes(found.digest()[:6], "little")
+    return found.hexdigest()

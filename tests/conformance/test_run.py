@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -40,6 +41,17 @@ def results_of(settings: Settings) -> Results:
 
 def outcomes(results: Results) -> Counter[str]:
     return Counter(outcome.verdict.outcome for outcome in results.outcomes)
+
+
+@pytest.mark.parametrize("only", ["R-DLT-0", "R-MSK-00", "R-IMP-00"])
+def test_the_driver_that_the_guide_names_passes_valid_and_invalid_files(only: str) -> None:
+    guide = (ROOT / ".github/guides/reader.md").read_text("utf-8")
+    found = re.search(r"--decoder 'python (\S+)'", guide)
+    assert found is not None
+    driver = Driver([sys.executable, str(ROOT / found[1])])
+    results = results_of(Settings({"decoder": driver}, only=only, levels=frozenset((1, 2))))
+    assert len(results.outcomes) > 5
+    assert outcomes(results) == {"pass": len(results.outcomes)}
 
 
 @pytest.mark.parametrize("engine", ["python", "numba"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfpformat.errors import LossError, MismatchError, OptionError
+from sfpformat.errors import LossError, MismatchError, OptionError, SfpWarning
 from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.descent import rate_at
@@ -158,8 +160,108 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path, method: str) -> 
     path = tmp_path / "checkpoint.pt"
     settings = Settings(steps=2, method=method)
     learn_importance(net, batches, 0.5, settings=settings, checkpoint=path)
-    with pytest.raises(MismatchError, match="other settings or tensors"):
+    with pytest.raises(MismatchError, match="of a run with another sparsity; remove it"):
         learn_importance(net, batches, 0.6, settings=settings, checkpoint=path)
+    with pytest.raises(MismatchError, match=r"with other settings \(seed\); remove it"):
+        learn_importance(net, batches, 0.5, settings=replace(settings, seed=1), checkpoint=path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_of_another_model_or_of_other_data_is_refused(tmp_path: Path, method: str) -> None:
+    net, batches = trained_net()
+    settings = Settings(steps=2, method=method)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[-1].add_(1)
+    last = [*batches[:-1], batches[0]]
+    swapped = [batches[1], batches[0], *batches[2:]]
+    longer = [*batches, batches[0]]
+    found = statistics(net, batches)
+
+    def attempt(model: nn.Module, data: Any, file: Path, **more: Any) -> Any:
+        if file.stem == "statistics":
+            return statistics(model, data, batches=len(batches), checkpoint=file, **more)
+        words = {"settings": settings, "found": found, "checkpoint": file, **more}
+        return learn_importance(model, data, 0.5, **words)
+
+    for file in (tmp_path / "learned.pt", tmp_path / "statistics.pt"):
+        steps: list[int] = []
+        attempt(net, batches, file, resumed=steps.append)
+        before = file.read_bytes()
+        with pytest.raises(MismatchError, match="with another model; remove it"):
+            attempt(other, batches, file)
+        for data in (last, swapped, longer):
+            with pytest.raises(MismatchError, match="with other data"):
+                attempt(net, data, file)
+        with pytest.raises(MismatchError, match="another model and other data"):
+            attempt(other, swapped, file)
+        assert file.read_bytes() == before
+        assert steps == []
+        attempt(net, batches, file, resumed=steps.append)
+        attempt(net, Loader(batches), file, resumed=steps.append)  # the same batches in another container
+        assert steps == [2 if file.stem == "learned" else len(batches)] * 2
+    with pytest.raises(MismatchError, match="with other data"):
+        attempt(net, iter(swapped), tmp_path / "statistics.pt")
+    attempt(net, iter(batches), tmp_path / "statistics.pt")
+
+
+class Loader:
+    """Batches of unknown number."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def test_a_checkpoint_of_other_held_out_batches_is_refused(tmp_path: Path) -> None:
+    net, batches = trained_net()
+    start = scores.magnitude(net)
+
+    def attempt(held_out: list[Any]) -> None:
+        learn_importance(
+            net,
+            batches,
+            0.5,
+            settings=Settings(steps=1),
+            start=start,
+            held_out=held_out,
+            checkpoint=tmp_path / "state.pt",
+        )
+
+    attempt(batches[:1])
+    with pytest.raises(MismatchError, match="with other held-out data; remove it"):
+        attempt(batches[1:2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_without_checksums_warns_and_resumes(tmp_path: Path, method: str) -> None:
+    net, batches = trained_net()
+    path, settings = tmp_path / "state.pt", Settings(steps=2, method=method)
+    learn_importance(net, batches, 0.5, settings=settings, checkpoint=path)
+    state = torch.load(path)
+    del state["identity"]
+    torch.save(state, path)
+    with pytest.warns(SfpWarning, match="an earlier version, and does not identify its model and its data"):
+        learn_importance(net, batches, 0.5, settings=settings, checkpoint=path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, method: str) -> None:
+    net, batches = trained_net()
+
+    def unused(*words: Any) -> None:
+        raise AssertionError
+
+    task = Task(run=unused)  # type: ignore[arg-type]  # never called
+    for path, told in ((tmp_path / "no" / "state.pt", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(OptionError, match=told):
+            learn_importance(
+                net, batches, 0.5, task=task, settings=Settings(steps=2, method=method), checkpoint=path
+            )
+        with pytest.raises(OptionError, match=told):
+            statistics(net, batches, task=task, checkpoint=path)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -207,8 +309,16 @@ def test_a_nan_loss_stops_learning_and_keeps_the_checkpoint(tmp_path: Path, gate
     settings = Settings(steps=20, method="weights", gate=gate)
     x, labels = batches[5]
     broken = [*batches[:5], (torch.full_like(x, torch.nan), labels), *batches[6:]]
+
+    class Damaged(Loader):
+        """Batches of which one is damaged after the first iteration, which identifies the data."""
+
+        def __iter__(self) -> Iterator[Any]:
+            now, self._batches = self._batches, broken
+            return iter(now)
+
     with pytest.raises(LossError, match="the loss is nan at step 6"):
-        learn_importance(net, broken, 0.5, found=found, settings=settings, checkpoint=path, every=5)
+        learn_importance(net, Damaged(batches), 0.5, found=found, settings=settings, checkpoint=path, every=5)
     whole = learn_importance(net, batches, 0.5, found=found, settings=settings)
     resumed = learn_importance(net, batches, 0.5, found=found, settings=settings, checkpoint=path)
     assert resumed.history == whole.history

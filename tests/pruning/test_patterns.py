@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_pattern_is_refused(tmp_path: Path) -> None:
     learn_importance(net, batches, Pattern(2, 4), settings=settings, start=start, checkpoint=path)
     learn_importance(net, batches, Pattern(2, 4), settings=settings, start=start, checkpoint=path)
     for other in (Pattern(1, 2), 0.5):
-        with pytest.raises(MismatchError, match="checkpoint of a run with other settings"):
+        with pytest.raises(MismatchError, match="checkpoint of a run with another pattern"):
             learn_importance(net, batches, other, settings=settings, start=start, checkpoint=path)
     with pytest.raises(OptionError, match="select the method weights"):
         learn_importance(net, batches, Pattern(2, 4), settings=Settings(steps=2, method="weights"))
