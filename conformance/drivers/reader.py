@@ -1,4 +1,4 @@
-"""A driver for a reader. Copy it for your own reader, and replace `decode` and `apply`, which call this package's.
+"""A driver for a reader. Copy it for your own reader, and replace `decode` and `apply`.
 
 sfp conformance run --decoder 'python conformance/drivers/reader.py'
 """

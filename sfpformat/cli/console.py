@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
@@ -67,8 +68,46 @@ class _Silent:
         pass
 
 
+_SECONDS = 30.0  # between the lines of progress without a terminal
+
+
+class _Lines:
+    """Prints progress as lines on stderr: one at the start and at the end, and others at intervals."""
+
+    def __init__(self, total: int, words: str) -> None:
+        self._total, self._words, self._doing, self._done = total, words, "", 0
+        self._begun = self._last = time.monotonic()
+        self._print(f"{words} ...")
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        self._print_if_due()
+
+    def at(self, words: str) -> None:
+        self._doing = words
+        self._print_if_due()
+
+    def end(self) -> None:
+        """Prints the time of the work."""
+        self._print(f"{self._words}: {time.monotonic() - self._begun:.0f} s")
+
+    def _print_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= _SECONDS:
+            self._last = now
+            done = f"{self._done} of {self._total}" if self._total > 1 else ""
+            parts = ", ".join(part for part in (done, self._doing) if part)
+            self._print(f"{self._words}: {parts} after {now - self._begun:.0f} s")
+
+    def _print(self, words: str) -> None:
+        with suppress(OSError, ValueError):  # stderr may be closed
+            print(f"sfp: {printable(words)}", file=sys.stderr, flush=True)
+
+
 @contextmanager
-def progress(total: int, words: str, *, steps: bool = False, show: bool = True) -> Iterator[Progress]:
+def progress(
+    total: int, words: str, *, steps: bool = False, show: bool = True, lines: bool = False
+) -> Iterator[Progress]:
     """Shows a progress bar on stderr if it is a terminal.
 
     Args:
@@ -76,9 +115,16 @@ def progress(total: int, words: str, *, steps: bool = False, show: bool = True) 
         words: description of the work.
         steps: whether ``total`` is in steps.
         show: whether to show the bar; if false, this function shows nothing.
+        lines: whether to print lines if stderr is not a terminal: at the start and the end of the work, and
+            every 30 seconds.
     """
     if not show or not sys.stderr.isatty():
-        yield _Silent()
+        if not (show and lines):
+            yield _Silent()
+            return
+        printed = _Lines(total, words)
+        yield printed
+        printed.end()
         return
     from rich.console import Console
     from rich.markup import escape

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, SfpWarning
-from .console import bytes_words, number, percent, progress, show_json, show_table
+from .console import Progress, bytes_words, number, percent, progress, show_json, show_table
 from .errors import CommandError, checked_target, require_file, require_suffix
 from .parser import Parser, Subparsers, examples
 
@@ -69,7 +71,13 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         help="a text file, or a .jsonl file with a 'text' in each line",
     )
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--sparsity", metavar="S", type=float, help="share of the weights to prune, such as 0.6")
+    how.add_argument(
+        "--sparsity",
+        metavar="S",
+        type=float,
+        help="share of the weights to prune, such as 0.6: of all linear and convolutional layers together. "
+        "Embeddings, normalisation and biases are neither pruned nor counted",
+    )
     how.add_argument(
         "--pattern", metavar="N:M", help="keep N of every M consecutive inputs of each output, such as 2:4"
     )
@@ -111,6 +119,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise CommandError(f"'sfp learn' needs {name}: pip install {name}")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        # Before the slow imports. Several processes first meet, so that an error of one ends all.
+        _require(args, 1)
+        _kind_of(args.folder)
+        _checked_outputs(args)
     from ..pruning.launch import launched
     from ..pruning.processes import Processes
 
@@ -143,10 +156,11 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
         _require(args, processes.world)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        kind, model_class = _kind_of(args.folder, transformers)
+        kind = _kind_of(args.folder)
+        model_class = getattr(transformers, _CLASSES[kind])
         target = Path(args.output)
-        if processes.rank == 0:  # the folder may not exist on other machines
-            target = checked_target(target, [Path(path) for path in args.data])
+        if processes.rank == 0:  # the folders may not exist on other machines
+            target = _checked_outputs(args)
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
         data = text_data(
             read_texts(args.data), tokenizer, kind, window=args.window, batch=args.batch, seed=args.seed
@@ -158,14 +172,15 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
 
         return kind, load, data.to(device), load(torch.float32).to(device), target
 
-    kind, load, data, dense, target = processes.agreed(prepare)
+    first = processes.rank == 0
+    with progress(1, "reading the model and the texts", steps=True, show=first, lines=True):
+        kind, load, data, dense, target = processes.agreed(prepare)
     state = None if args.resume is None else Path(args.resume)
     kept = None if state is None else state.with_name(f"{state.name}.statistics")
-    first = processes.rank == 0
     threshold = Sparsity(args.sparsity) if args.pattern is None else _pattern_of(args.pattern)
     wanted = threshold.share if isinstance(threshold, Sparsity) else threshold
     held_out = data.held_out[: Settings.held_out]
-    with progress(args.calibration, "statistics", steps=True, show=first) as shown:
+    with progress(args.calibration, "statistics", steps=True, show=first, lines=True) as shown:
         found = statistics(
             dense,
             data.learned_from,
@@ -174,6 +189,7 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
             single=data.measure == "perplexity",
             checkpoint=kept,
             progress=lambda batch, loss: shown.advance(1),
+            resumed=lambda batches: _resumed(shown, kept, "window", batches, first),
             group=group,
         )
         with warnings.catch_warnings():
@@ -195,7 +211,7 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
         method="levels",
         seed=args.seed,
     )
-    with progress(args.steps, "learning", steps=True, show=first) as shown:
+    with progress(args.steps, "learning", steps=True, show=first, lines=True) as shown:
         learned = learn_importance(
             dense,
             data.learned_from,
@@ -208,6 +224,7 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
             every=10,
             progress=lambda step, loss: shown.advance(1),
             chosen=lambda done, total: shown.at(f"selection, pass {done} of at most {total}"),
+            resumed=lambda step: _resumed(shown, state, "step", step, first),
             group=group,
         )
     choice = learned.choice
@@ -242,6 +259,13 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
     return summary
 
 
+def _resumed(shown: Progress, path: Path | None, unit: str, done: int, show: bool) -> None:
+    """Reports that work resumes from a checkpoint."""
+    shown.advance(done)
+    if show:
+        print(f"sfp: {path}: resumed at {unit} {done}", file=sys.stderr, flush=True)
+
+
 def _write_and_measure(
     load: Callable[[Any], Any],
     dense: Any,
@@ -273,28 +297,39 @@ def _write_and_measure(
     from ..torch import load_model
 
     device = next(dense.parameters()).device
-    pruned = load("auto")
-    masks = prune(pruned, importances, threshold)
-    yield
-    pack(pruned, target, masks, importances=importances)
-    del pruned
-    yield
-    restored = load("auto")
-    for parameter in restored.parameters():  # so that a parameter that the file lacks gives NaNs
-        parameter.data.fill_(float("nan"))
-    load_model(restored, target)
-    yield
+    with progress(3, f"writing {target.name}", steps=True, lines=True) as shown:
+        pruned = load("auto")
+        masks = prune(pruned, importances, threshold)
+        shown.advance(1)
+        yield
+        pack(pruned, target, masks, importances=importances)
+        del pruned
+        shown.advance(1)
+        yield
+        restored = load("auto")
+        for parameter in restored.parameters():  # so that a parameter that the file lacks gives NaNs
+            parameter.data.fill_(float("nan"))
+        load_model(restored, target)
+        shown.advance(1)
+        yield
     restored.float().to(device)
     by_start = load(torch.float32).to(device)
     prune(by_start, {name: start[name] for name in importances}, threshold)
     yield
-    measured = {}
-    for name, model in {
-        "dense": dense,
-        "pruned_by_start": by_start,
-        "pruned_as_learned": restored,
-    }.items():
-        measured[name] = yield from data.evaluation(model, dense)
+    models = {"dense": dense, "pruned_by_start": by_start, "pruned_as_learned": restored}
+    with progress(len(models) * len(data.evaluated), "measuring", steps=True, lines=True) as shown:
+        measured = {}
+        measure = data.evaluator(dense)
+        for name, model in models.items():
+            parts = measure(model)
+            while True:
+                try:
+                    next(parts)
+                except StopIteration as end:
+                    measured[name] = float(end.value)
+                    break
+                shown.advance(1)
+                yield
     return measured, sum(int((~m).sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
 
 
@@ -362,8 +397,23 @@ def _pattern_of(words: str) -> Pattern:
         raise CommandError(f"--pattern: {error}") from error
 
 
-def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
-    """Returns the kind of a model, one of `texts.KINDS`, and the class of transformers that loads it.
+def _checked_outputs(args: argparse.Namespace) -> Path:
+    """Checks the paths of the files to write. Returns that of the model with links resolved.
+
+    Raises:
+        CommandError: a file cannot be written, or its folder does not exist.
+    """
+    if args.resume is not None:
+        checked_target(args.resume, [Path(path) for path in args.data])
+    return checked_target(args.output, [Path(path) for path in args.data])
+
+
+# Kind of a model, one of `texts.KINDS` -> the class of transformers that loads it.
+_CLASSES = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "encoder": "AutoModel"}
+
+
+def _kind_of(folder: Path) -> str:
+    """Returns the kind of a model, one of `texts.KINDS`.
 
     Raises:
         CommandError: it is neither a language model nor an encoder.
@@ -377,11 +427,11 @@ def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
             "use sfpformat.pruning in Python"
         )
     if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal", transformers.AutoModelForCausalLM
+        return "causal"
     if name.endswith("ForMaskedLM"):
-        return "masked", transformers.AutoModelForMaskedLM
+        return "masked"
     if name.endswith("Model"):
-        return "encoder", transformers.AutoModel
+        return "encoder"
     raise CommandError(
         f"{folder}: {name or 'the model, which has no architecture,'} is neither a language model nor an "
         "encoder without a head; use sfpformat.pruning in Python"

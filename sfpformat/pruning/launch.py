@@ -38,7 +38,12 @@ def launched(kind: str = "cpu") -> Iterator[tuple[Any, torch.device]]:
     if kind == "cuda":
         count = torch.cuda.device_count()
         if local >= count:
-            raise OptionError(f"process {local} of this machine needs a CUDA device; there are {count}")
+            if not count:
+                raise OptionError("device cuda: torch finds no CUDA device on this machine; use cpu")
+            raise OptionError(
+                f"device cuda: process {local} of this machine has no CUDA device of its own, because there "
+                f"{'is' if count == 1 else 'are'} {count}; start fewer processes"
+            )
         torch.cuda.set_device(local)
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world < 2:

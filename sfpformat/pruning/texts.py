@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,24 +99,35 @@ class TextData:
             The perplexity per token. For an encoder, Spearman's correlation between the similarities of
             sentence pairs within a batch and those of the dense model.
         """
-        parts = self.evaluation(model, dense)
+        parts = self.evaluator(dense)(model)
         while True:
             try:
                 next(parts)
             except StopIteration as end:
                 return float(end.value)
 
-    def evaluation(self, model: nn.Module, dense: nn.Module) -> Generator[None, None, float]:
-        """Evaluates as `evaluate`, and yields after each batch, so that the caller can show progress."""
-        if self.measure == "Spearman":
-            found: tuple[list[Tensor], list[Tensor]] = ([], [])
-            for batch in self.evaluated:
-                for one, kept in zip((model, dense), found, strict=True):
-                    with evaluating(one), torch.no_grad():
-                        outputs = similarities(token_states(one, batch), batch)
-                    kept.append(outputs[outputs > -math.inf])
+    def evaluator(self, dense: nn.Module) -> Callable[[nn.Module], Generator[None, None, float]]:
+        """Returns a function that evaluates a model as `evaluate`, and yields after each batch.
+
+        The caller can show progress. For an encoder, the similarities of the dense model are computed only
+        for the first model.
+        """
+        if self.measure == "perplexity":
+            return self._perplexity
+        wanted: list[Tensor] = []
+
+        def correlation(model: nn.Module) -> Generator[None, None, float]:
+            found = []
+            for number, batch in enumerate(self.evaluated):
+                if number == len(wanted):
+                    wanted.append(_pairs(dense, batch))
+                found.append(wanted[number] if model is dense else _pairs(model, batch))
                 yield
-            return _spearman(torch.cat(found[0]), torch.cat(found[1]))
+            return _spearman(torch.cat(found), torch.cat(wanted))
+
+        return correlation
+
+    def _perplexity(self, model: nn.Module) -> Generator[None, None, float]:
         total, count = 0.0, 0
         for batch in self.evaluated:
             labels = batch["labels"]
@@ -180,7 +191,10 @@ def text_data(
     if most is not None and len(pieces) > most:
         pieces = [pieces[len(pieces) * i // most] for i in range(most)]
     if len(pieces) < _OF * (batch if kind == "encoder" else 1):
-        unit = "sentences" if kind == "encoder" else f"windows of {window} tokens"
+        few = len(pieces) == 1
+        unit = "sentence" if few else "sentences"
+        if kind != "encoder":
+            unit = f"{'window' if few else 'windows'} of {window} tokens"
         needed = _OF * (batch if kind == "encoder" else 1)
         raise OptionError(
             f"the texts give {len(pieces)} {unit}, but at least {needed} are needed; give more text"
@@ -267,6 +281,13 @@ def similarities(states: Tensor, batch: Any) -> Tensor:
     pooled = F.normalize((states * counted).sum(1) / counted.sum(1).clamp(min=1), dim=-1)
     cosines = _SHARPNESS * pooled @ pooled.T
     return cosines.masked_fill(torch.eye(len(cosines), dtype=torch.bool, device=cosines.device), -math.inf)
+
+
+def _pairs(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the similarities of the pairs of sentences of a batch, both ways, float32 [pairs]."""
+    with evaluating(model), torch.no_grad():
+        outputs = similarities(token_states(model, batch), batch)
+    return outputs[outputs > -math.inf]
 
 
 def _counted(states: Tensor, batch: Any) -> Tensor:

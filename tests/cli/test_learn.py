@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ import transformers
 import sfpformat
 import sfpformat.numpy
 from sfpformat.cli import main
+from sfpformat.cli.console import progress
 from sfpformat.errors import OptionError
+from sfpformat.pruning.launch import launched
 from sfpformat.pruning.texts import read_texts, text_data
 
 from ..support.pruning_transformers import saved, text
@@ -109,10 +112,94 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(
     assert main(resumed) == 130
     assert state.exists()
     assert (tmp_path / "state.pt.statistics").exists()
+    capsys.readouterr()
     assert main(resumed) == 0
     assert steps == [*range(12), 10, 11]
-    assert json.loads(capsys.readouterr().out)["held_out_learned"] == whole["held_out_learned"]
+    printed = capsys.readouterr()
+    assert f"sfp: {state}.statistics: resumed at window 4\n" in printed.err
+    assert f"sfp: {state}: resumed at step 10\n" in printed.err
+    phases = ("reading", "statistics", "learning", "writing resumed.sfp", "measuring")
+    lines = [line for line in printed.err.splitlines() if "resumed at" not in line]
+    assert len(lines) == 2 * len(phases)  # the start and the end of each phase
+    for number, phase in enumerate(phases):
+        assert lines[2 * number].startswith(f"sfp: {phase}")
+        assert lines[2 * number].endswith(" ...")
+        assert lines[2 * number + 1].endswith(" s")
+    assert json.loads(printed.out)["held_out_learned"] == whole["held_out_learned"]
     assert (tmp_path / "resumed.sfp").read_bytes() == (tmp_path / "whole.sfp").read_bytes()
+    data.write_text(data.read_text().replace("w1 ", "w2 "))
+    assert main(resumed) == 2
+    assert f"{state}.statistics is a checkpoint of a run with other data" in capsys.readouterr().err
+
+
+def test_progress_without_a_terminal_prints_a_line_at_intervals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([0.0, 10.0, 31.0, 40.0, 62.0, 63.0])
+    monkeypatch.setattr("sfpformat.cli.console.time.monotonic", lambda: next(now))
+    with progress(3, "learning", steps=True, lines=True) as shown:
+        shown.advance(1)
+        shown.advance(1)
+        shown.at("step 3")
+        shown.advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "sfp: learning ...",
+        "sfp: learning: 2 of 3 after 31 s",
+        "sfp: learning: 3 of 3, step 3 after 62 s",
+        "sfp: learning: 63 s",
+    ]
+    with progress(3, "packing"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_wrong_arguments_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    (tmp_path / "text.txt").write_text("one\n")
+    program = """
+import json, sys
+from sfpformat.cli import main
+from sfpformat.cli.console import progress
+for words in json.load(sys.stdin):
+    assert main(words) == 2
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    usual = {"--data": str(tmp_path / "text.txt"), "--sparsity": "0.5", "-o": str(tmp_path / "out.sfp")}
+    wrong = {
+        "--sparsity is 60.0": {"--sparsity": "60"},
+        "--minutes is 0.0": {"--minutes": "0"},
+        "missing.txt": {"--data": "missing.txt"},
+        "sfp learn' writes .sfp": {"-o": "out.bin"},
+        "there is no folder": {"-o": str(tmp_path / "no" / "out.sfp")},
+        f"no{os.sep}s.pt: there is no folder": {"--resume": str(tmp_path / "no" / "s.pt")},
+        "--steps is 0": {"--steps": "0"},
+    }
+    commands = [
+        ["learn", str(tmp_path), *(word for pair in {**usual, **more}.items() for word in pair)]
+        for more in wrong.values()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(wrong)
+    for told, line in zip(wrong, lines, strict=True):
+        assert told in line
+
+
+def test_a_missing_cuda_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(OptionError, match="finds no CUDA device on this machine; use cpu"), launched("cuda"):
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(OptionError, match=r"process 1 .* there is 1; start fewer"), launched("cuda"):
+        pass
 
 
 def test_wrong_arguments_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,12 +286,14 @@ def test_an_error_of_one_process_ends_all_with_the_same_code(tmp_path: Path) -> 
     }
     told = {name: [rank["stderr"] for rank in ranks] for name, ranks in found.items()}
     other = "sfp: error: process {} of 2 failed; see the error on that process\n"
-    assert told["resumed"] == ["", ""]
-    assert told["no data"][0] == other.format(1)
+    assert "state.pt: resumed at step 10\n" in told["resumed"][0]
+    assert told["resumed"][1] == ""
+    assert told["no data"][0].endswith(other.format(1))
     assert "No such file" in told["no data"][1]
     assert told["no memory"][1] == "sfp: error: not enough memory\n"
     assert "process 0 of 2 received nothing" in told["no memory"][0]
-    assert told["disk full"] == ["sfp: error: full.sfp: No space left on device\n", other.format(0)]
+    assert told["disk full"][0].endswith("sfp: error: full.sfp: No space left on device\n")
+    assert told["disk full"][1] == other.format(0)
     assert all(rank["seconds"] < 60 for ranks in found.values() for rank in ranks)
     assert (tmp_path / "resumed.sfp").read_bytes() == (tmp_path / "whole.sfp").read_bytes()
     assert not (tmp_path / "full.sfp").exists()
