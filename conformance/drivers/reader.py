@@ -25,8 +25,9 @@ def apply(path: str, base: str, folder: str) -> dict[str, object]:
     """Computes the result of a delta and its base, and writes its arrays into a folder."""
     with DeltaFile(path, base, limits=LIMITS) as file:
         file.check_base()
-        parts = {name: file.parts(name) for name in file}
-        return written(file, lambda name: parts[name] is not None and parts[name].structure.masked, folder)
+        parts = [(name, file.parts(name)) for name in file]
+        pruned = {name for name, part in parts if part is not None and part.structure.masked}
+        return written(file, lambda name: name in pruned, folder)
 
 
 def written(file: Any, masked: Any, folder: str) -> dict[str, object]:

@@ -203,34 +203,35 @@ def load(path: Path, job: Mapping[str, Any], identity: Identity) -> dict[str, An
     """
     with path.open("rb") as file:
         try:
-            state = torch.load(file, weights_only=True, map_location="cpu")
+            state: Any = torch.load(file, weights_only=True, map_location="cpu")
         except MemoryError:
             raise
         except Exception as error:  # torch raises almost any class for a damaged file, also AssertionError
             raise MismatchError(
                 f"{path} is damaged or not a checkpoint; remove it, or give another path"
             ) from error
-    found = state.pop("job", None) if isinstance(state, dict) else None
+    kept: dict[str, Any] = state if isinstance(state, dict) else {}
+    found = kept.pop("job", None)
     if not isinstance(found, dict) or found.keys().isdisjoint(job):
         raise MismatchError(f"{path} is not a checkpoint of such a run; remove it, or give another path")
     names = dict.fromkeys([*job, *found])
     wrong = [
         _words(name, found.get(name), job.get(name)) for name in names if found.get(name) != job.get(name)
     ]
-    kept = state.pop("identity", None)
-    if kept is not None:
-        wrong += differences(kept, identity)
+    written = kept.pop("identity", None)
+    if written is not None:
+        wrong += differences(written, identity)
     if wrong:
         raise MismatchError(
             f"{path} is a checkpoint of a run with {' and '.join(dict.fromkeys(wrong))}; "
             "remove it, or give another path"
         )
-    if kept is None:
+    if written is None:
         warn(
             f"{path} was written by an earlier version, and does not identify its model and its data: the "
             "run resumes from it; make sure that both are the same"
         )
-    return state
+    return kept
 
 
 def _words(name: str, found: Any, wanted: Any) -> str:

@@ -258,7 +258,7 @@ def digest(value: Any) -> str:
             plain = part.detach().cpu()
             plain = (plain if plain.layout is torch.strided else plain.to_dense()).contiguous()
             found.update(f"{plain.dtype}{list(plain.shape)}".encode())
-            found.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(part, np.ndarray) and part.dtype != object:
             found.update(f"{part.dtype}{list(part.shape)}".encode())
             found.update(part.tobytes())
