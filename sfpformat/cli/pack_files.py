@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ from ..encode.weights import is_packed_storage, not_weights
 from ..encode.writer import Writer
 from ..encode.zeros import zeros_of
 from ..engines import get_engine
-from ..errors import SfpError
+from ..errors import SfpError, SfpWarning
 from ..io.atomic import AtomicFile, rename_all
 from ..io.filesystem import UnnamedFileError, beside, open_locked, remove, remove_locked
 from ..io.safetensors import SafetensorsError, strict_json
@@ -335,7 +336,7 @@ class _State:
     def __init__(self, stem: Path, count: int, key: str, limits: Limits) -> None:
         """Opens the state of an interrupted run with the same key, or starts a new one.
 
-        Removes the temporary files of a different job.
+        Removes the temporary files of a different job, with a warning.
 
         Raises:
             LockedFileError: another process is writing this model.
@@ -354,6 +355,12 @@ class _State:
                     self._crcs[line["shard"]] = line["crc"]
             else:
                 if type(header.get("count")) is int and 0 <= header["count"] < 100_000:
+                    warnings.warn(
+                        f"the files of {self._path.name}, which an interrupted pack with other options or "
+                        "inputs left, are discarded",
+                        SfpWarning,
+                        stacklevel=2,
+                    )
                     self._remove_shards(header["count"])
                 self._file.seek(0)
             os.ftruncate(self._file.fileno(), self._file.tell())

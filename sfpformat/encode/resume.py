@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,7 @@ from ..container.entry import TensorEntry
 from ..container.fields import typed
 from ..container.messagepack import Map
 from ..container.preamble import SIZE, Preamble
-from ..errors import SfpError
+from ..errors import SfpError, SfpWarning
 from ..io.checksum import crc32
 from ..io.filesystem import (
     LockedFileError,
@@ -60,6 +61,8 @@ class ResumableSink:
             like: the file whose owner and mode are copied, if it exists; else ``target``.
             limits: limits for reading the entries in the journal.
 
+        Warns: the partial file of an earlier write with another key is discarded.
+
         Raises:
             LockedFileError: another process is writing this target.
             OSError: the files cannot be written. The partial file and the journal are removed.
@@ -95,6 +98,12 @@ class ResumableSink:
         with self._journal_path.open("rb") as journal, contextlib.suppress(*_CUT_OFF):
             unpacker = msgpack.Unpacker(journal)
             if unpacker.unpack() != key:
+                warnings.warn(
+                    f"{self._path.name}, which an interrupted write with other options or inputs left, is "
+                    "discarded",
+                    SfpWarning,
+                    stacklevel=2,
+                )
                 return [], SIZE
             self._file.seek(SIZE)
             for fields in unpacker:

@@ -3,19 +3,24 @@
 Rules: a new file is written in the folder of its target, under an unused random name. It gets the owner,
 group, access list and mode of the file that it replaces, or the defaults of a new file. Symbolic links are
 followed. Other hard links to a replaced file keep the old contents. After an error, the temporary file is
-removed; after SIGKILL, it remains as ``.NAME.….partial``.
+removed; after SIGKILL, it remains as ``.NAME.….partial``. Later writes of the same target warn about it, and
+leave it, because a process of another machine may be writing it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import OptionError
+from ..errors import OptionError, SfpWarning
+from ..names import listed
 from .filesystem import beside, create, creation_mode, remove, rename, sync, take_attributes
 
 
@@ -29,6 +34,34 @@ def real_target(target: str | os.PathLike[str]) -> Path:
     if path.exists() and not path.is_file():
         raise OptionError(f"{target} cannot be replaced, because it is not a regular file; give another path")
     return path
+
+
+# A temporary file that nobody has written for this many seconds is reported as left by a killed process.
+_IDLE_SECONDS = 60
+_RANDOM_BYTES = 6
+
+
+def warn_of_leftovers(target: Path) -> None:
+    """Warns about temporary files of a target that nobody has written lately.
+
+    Args:
+        target: the final path, links resolved.
+    """
+    suffix = f".{'0' * 2 * _RANDOM_BYTES}.partial"
+    start = beside(target, suffix, prefix=".").name.removesuffix(suffix)
+    pattern = re.compile(rf"{re.escape(start)}\.[0-9a-f]{{{2 * _RANDOM_BYTES}}}\.partial")
+    left = []
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - _IDLE_SECONDS:
+                left.append(entry.name)
+    if left:
+        warnings.warn(
+            f"{target.parent}: an earlier write of {target.name} was killed and left {listed(sorted(left))}; "
+            "delete it, unless another process is writing it",
+            SfpWarning,
+            stacklevel=2,
+        )
 
 
 class AtomicFile:
@@ -48,6 +81,8 @@ class AtomicFile:
             path: the path of the temporary file. An old file at this path is overwritten; the caller must
                 prevent other processes from writing to it. None uses a random name.
 
+        Warns: a killed process left a temporary file of this target.
+
         Raises:
             OSError: the temporary file cannot be created.
         """
@@ -57,8 +92,9 @@ class AtomicFile:
             self.path = path
             self.file: BinaryIO = os.fdopen(create(path, os.O_WRONLY | os.O_TRUNC, mode), "wb")
             return
+        warn_of_leftovers(target)
         while True:
-            self.path = beside(target, f".{secrets.token_hex(6)}.partial", prefix=".")
+            self.path = beside(target, f".{secrets.token_hex(_RANDOM_BYTES)}.partial", prefix=".")
             with contextlib.suppress(FileExistsError):
                 self.file = os.fdopen(create(self.path, os.O_WRONLY | os.O_EXCL, mode), "wb")
                 return

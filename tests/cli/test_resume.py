@@ -101,8 +101,9 @@ def test_other_options_start_a_new_pack(tmp_path: Path) -> None:
     folder.mkdir()
     process = child("pack", source, "-o", folder / "m.sfp")
     stop_when(process, lambda: size(folder / "m.sfp.partial.journal") > 400, signal.SIGKILL)
-    out, _ = child("pack", source, "-o", folder / "m.sfp", "--preset", "gpu").communicate()
-    assert "went on" not in out
+    out, err = child("pack", source, "-o", folder / "m.sfp", "--preset", "gpu").communicate()
+    assert "resumed" not in out
+    assert "m.sfp.partial, which an interrupted write with other options or inputs left, is discarded" in err
     assert contents(folder) == expected
 
 
@@ -170,7 +171,9 @@ def test_partial_files_of_another_job_are_removed(tmp_path: Path) -> None:
     stop_when(process, ready.exists, signal.SIGTERM)
     other = sharded(tmp_path / "other", cuts=2)
     process = child("pack", other, "-o", folder / "m.sfp")
-    assert "went on" not in process.communicate()[0]
+    out, err = process.communicate()
+    assert "resumed" not in out
+    assert "which an interrupted pack with other options or inputs left, are discarded" in err
     assert sorted(os.listdir(folder)) == ["m-00001-of-00002.sfp", "m-00002-of-00002.sfp", "m.sfp.index.json"]
 
 

@@ -480,3 +480,19 @@ def test_a_target_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="not a regular file"), replacing(tmp_path):
         pass
     assert make(tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["model.sfp", "m" * 245 + ".sfp"])
+def test_a_file_that_a_killed_write_left_is_named_by_the_next_write(name: str, tmp_path: Path) -> None:
+    target = tmp_path / name
+    left = AtomicFile(target)  # as after SIGKILL: neither committed nor aborted
+    left.file.close()
+    (tmp_path / f".{name[:9]}.0123456789ab.other").touch()
+    by_writer(target)  # no warning: another process may be writing it
+    os.utime(left.path, (0, 0))
+    with pytest.warns(SfpWarning, match="was killed and left") as found:
+        by_writer(target)
+    assert f"{left.path.name[-25:]}'" in str(found[0].message)
+    assert left.path.exists()
+    left.path.unlink()
+    by_writer(target)
