@@ -332,8 +332,11 @@ def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]
     Raises:
         MismatchError: the tensor does not accept the numbers.
     """
+    given = tensor
+    if tensor.is_complex() and not (target.is_complex() or is_wrapper(target)):
+        given = tensor.real  # torch drops the imaginary part too, with a warning only in the first call
     try:
-        target.copy_(tensor.reshape(target.shape))
+        target.copy_(given.reshape(target.shape))
     except torch.cuda.OutOfMemoryError:  # a RuntimeError that is not about the tensor's class
         raise
     except (RuntimeError, TypeError) as error:  # a class raises either of them if it has no such operation
@@ -346,15 +349,18 @@ def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]
 
 
 def loses_values(tensor: torch.Tensor, target: torch.Tensor) -> bool:
-    """Returns whether a module's dtype cannot represent a file's numbers: out of range, or not integers.
+    """Returns whether a module's dtype cannot represent a file's numbers: out of range, or not integers or
+    real numbers.
 
     Args:
         tensor: the file's tensor.
         target: the module's tensor, on any device. If its dtype is an integer type, it must already hold the
             converted numbers.
     """
-    if is_wrapper(target) or tensor.dtype == target.dtype or tensor.is_complex() or target.is_complex():
+    if is_wrapper(target) or tensor.dtype == target.dtype or target.is_complex():
         return False
+    if tensor.is_complex():
+        return bool(tensor.imag.count_nonzero()) or loses_values(tensor.real, target)
     if tensor.is_floating_point() and tensor.itemsize < 2:
         tensor = tensor.float()  # torch has few operators for FP8
     if target.is_floating_point():

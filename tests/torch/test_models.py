@@ -416,3 +416,16 @@ def test_a_loaded_module_equals_the_tensors_of_load_file(tmp_path: Path) -> None
     save_model(model, tmp_path / "m")
     tensors = load_file(tmp_path / "m")
     assert_same(tensors, {name: t for name, t in state(model).items() if name != "head.weight"})
+
+
+def test_complex_numbers_in_a_float_module_warn_only_if_numbers_are_lost(tmp_path: Path) -> None:
+    real = torch.arange(6.0).reshape(2, 3)
+    for name, imaginary in (("lost", 1.0), ("kept", 0.0)):
+        save_file({"weight": torch.complex(real, torch.full_like(real, imaginary))}, tmp_path / f"{name}.sfp")
+    layer = nn.Linear(3, 2, bias=False)
+    for _ in range(2):  # torch itself warns only once
+        with pytest.warns(SfpWarning, match="cannot represent all values of 'weight'"):
+            load_model(layer, tmp_path / "lost.sfp")
+        assert torch.equal(layer.weight, real)
+    load_model(layer, tmp_path / "kept.sfp")
+    assert torch.equal(layer.weight, real)
