@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..options.checks import is_number
 from .descent import adam, set_rates
 from .layerwise import LayerwiseResult
 from .masks import masks_of
@@ -32,7 +33,7 @@ from .task import (
     require_objective,
     with_weights,
 )
-from .thresholds import Pattern, Sparsity, is_number, require_share
+from .thresholds import Pattern, Sparsity, require_share
 from .weight_selection import as_numbers, chosen_weights, layout_of
 
 _DECAY = 0.95  # of F, per step

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..options.checks import is_number
 from .layer_inputs import grouped_products
 from .reconstruction import DAMPING, reconstructed
 from .scores import pattern_mask, rows_mask
 from .sparsegpt import sparsegpt
 from .swaps import swapped
 from .task import CLASSIFY, Data, Task, evaluating, first
-from .thresholds import Pattern, is_number, require_share
+from .thresholds import Pattern, require_share
 from .weight_selection import chosen_weights, layout_of, named_once, require_masks
 
 METHODS = ("wanda", "sparsegpt", "sparsegpt-updated")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..names import listed, require_known
+from ..options.checks import is_number
 from ..torch.ties import TiedNames
 from .calibration import statistics
 from .calibration_sums import Statistics
@@ -144,8 +145,10 @@ def learn_importance(
     """
     pattern = sparsity if isinstance(sparsity, Pattern) else None
     share = sparsity if isinstance(sparsity, tuple) else sparsity_of(sparsity)
-    low, high = share if isinstance(share, tuple) else (share, share)
-    if not 0 <= low <= high < 1:
+    if not isinstance(settings, Settings):
+        raise OptionError(f"settings is a {type(settings).__name__}, must be Settings")
+    low, high = share if isinstance(share, tuple) and len(share) == 2 else (share, share)
+    if not (is_number(low) and is_number(high) and 0 <= low <= high < 1):
         raise OptionError(
             f"sparsity is {sparsity}, must be at least 0 and below 1, or two such numbers in ascending order"
         )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..coding.mask import Mask
 from ..errors import OptionError, warn
 from ..names import MOST_LISTED, require_known, require_matches
+from ..options.checks import is_number
 from .thresholds import (
     F64,
     Allocation,
@@ -27,7 +28,6 @@ from .thresholds import (
     Sparsity,
     Threshold,
     count_of_share,
-    is_number,
     pattern_dim,
     require_share,
 )

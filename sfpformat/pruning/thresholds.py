@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OptionError
+from ..options.checks import is_number
 
 Numbers = NDArray[np.floating]
 F64 = NDArray[np.float64]
@@ -208,11 +209,6 @@ class Allocation(Protocol):
 
 def _below(ascending: F64, value: float) -> int:
     return int(np.searchsorted(ascending, value, side="left"))
-
-
-def is_number(value: object) -> bool:
-    """Returns whether a value is a real number; bool does not count."""
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
 def require_share(what: str, share: Any) -> None:

@@ -26,7 +26,7 @@ from .libraries import in_adapters, restore_save, save_dense
 from .loading import AnyFile, Group, Place, fill, groups_of, identity, match, places_of
 from .meta import require_none_left
 from .models import loads_its_own_way, warn_of_ignored
-from .tensors import require_known_shapes
+from .tensors import require_known_shapes, require_module
 from .ties import TiedNames
 from .training import unwatch, watch
 from .weight_cache import KeptWeights
@@ -114,7 +114,8 @@ def compress_model(
         limits, threads, engine: with a file: as in `sfpformat.open`.
 
     Warns:
-        SfpWarning: ``choose`` or an option has no effect; or for the reasons of `load_model`.
+        SfpWarning: no layer can be compressed; ``choose`` or an option has no effect; or for the reasons of
+            `load_model`.
 
     Raises:
         OptionError: an option does not fit a weight; a name in ``source`` is not the name of a weight that
@@ -128,6 +129,7 @@ def compress_model(
         After an error the model is unchanged, with one exception: if a tensor that is not compressed is
         damaged, a note on the error says whether the model was changed.
     """
+    require_module(model)
     where = require_device(device)
     places = places_of(model)
     require_known_shapes(model)
@@ -212,6 +214,8 @@ def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | 
             )
     if choose is not None and not found:
         warn("choose selects no layer whose weight can be compressed, so no layer is compressed")
+    if choose is None and not found and not compressed_weights(model):
+        warn("the model has no linear layer or embedding that can be compressed, so no layer is compressed")
     return found
 
 

@@ -37,7 +37,7 @@ from .loading import (
 from .meta import require_none_left
 from .packed import put_into
 from .saving import ImportanceTensor, Numbers, add_tensor, outlines
-from .tensors import is_wrapper, require_known_shapes, require_memory, tensor_of
+from .tensors import is_wrapper, require_known_shapes, require_memory, require_module, tensor_of
 from .ties import TiedNames
 
 
@@ -78,6 +78,7 @@ def save_model(
             weight; or an argument has different values for two names of one tensor.
         OSError: the file cannot be written.
     """
+    require_module(model)
     require_known_shapes(model)
     compressed = compressed_weights(model)
     state: dict[str, torch.Tensor] = dict(model.state_dict())
@@ -181,6 +182,7 @@ def load_model(
             says whether the module is unchanged.
         OSError: the file cannot be read.
     """
+    require_module(model)
     if any(isinstance(module, Compressed) for module in model.modules()):
         raise OptionError(
             "the model has compressed layers: call compress_model with a dense model and the file"

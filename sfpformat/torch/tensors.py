@@ -156,6 +156,19 @@ def _reason_against(tensor: object) -> str | None:
     return None
 
 
+def require_module(model: object) -> None:
+    """Refuses an object that is not a module.
+
+    Raises:
+        OptionError: it is another object, such as a state dict.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise OptionError(
+            f"model is a {type(model).__name__}, must be a torch.nn.Module; load_file and save_file are for "
+            "tensors by name"
+        )
+
+
 def require_known_shapes(model: torch.nn.Module) -> None:
     """Refuses a module with lazy parameters or buffers that have no shape yet.
 

@@ -453,3 +453,13 @@ def test_invalid_settings_are_refused() -> None:
     ):
         with pytest.raises(OptionError):
             made()
+
+
+def test_arguments_of_other_types_are_refused() -> None:
+    wrong: Any
+    for wrong in ("0.5", (0.1,), True, None):
+        with pytest.raises(OptionError, match="sparsity is"):
+            learn_importance(nn.Linear(4, 4), [], wrong)
+    wrong = {"steps": 2}
+    with pytest.raises(OptionError, match="settings is a dict, must be Settings"):
+        learn_importance(nn.Linear(4, 4), [], 0.5, settings=wrong)

@@ -429,3 +429,10 @@ def test_complex_numbers_in_a_float_module_warn_only_if_numbers_are_lost(tmp_pat
         assert torch.equal(layer.weight, real)
     load_model(layer, tmp_path / "kept.sfp")
     assert torch.equal(layer.weight, real)
+
+
+def test_a_state_dict_instead_of_a_module_is_refused(tmp_path: Path) -> None:
+    state: Any = {"w": torch.ones(2)}
+    for call in (load_model, save_model):
+        with pytest.raises(OptionError, match=r"model is a dict, must be a torch\.nn\.Module"):
+            call(state, tmp_path / "m.sfp")

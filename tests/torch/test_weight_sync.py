@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sfpformat import BaseMismatchError, DeltaWriter, MismatchError, OptionError, write_delta_index
+from sfpformat.torch import save_model
 from sfpformat.torch.tensors import array_of
 from sfpformat.torch.weight_sync import DeltaReceiver, DeltaSender, DeltaWeightTransfer, WeightSyncCallback
 from sfpformat.torch.weight_sync.trl_transfer import _TRL, require_interface
@@ -80,6 +81,55 @@ def test_a_receiver_follows_deltas_in_shards(tmp_path: Path) -> None:
     assert later.send(model.named_parameters()).number == 2
     receiver.catch_up(tmp_path)
     assert same(receiver.tensors, model)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(30, 8)
+        self.last = nn.Linear(8, 30, bias=False)
+        self.last.weight = self.first.weight
+
+
+@pytest.mark.parametrize("way", ["base", "file", "first file"])
+@pytest.mark.parametrize("sent", ["pairs", "state dict", "module"])
+def test_tied_weights_arrive_under_all_names(tmp_path: Path, way: str, sent: str) -> None:
+    model, folder = Tied(), tmp_path / "sync"
+    base: Any = {"base": model, "file": tmp_path / "m.sfp", "first file": None}[way]
+    save_model(model, tmp_path / "m.sfp")
+    sender, receiver = DeltaSender(folder, base=base), DeltaReceiver(base)
+    if base is None:
+        sender.send(model)
+    for _ in range(2):
+        step(model)
+        ways: Any = {"pairs": model.named_parameters(), "state dict": model.state_dict(), "module": model}
+        sender.send(ways[sent])
+        receiver.catch_up(folder)
+        assert same(receiver.tensors, model)
+    step(model)
+    sender.send(model)
+    assert set(receiver.catch_up(folder)) == {"first.weight", "last.weight"}
+    worker = Tied()
+    worker.load_state_dict(dict(receiver.tensors))
+    assert same(receiver.tensors, worker)
+
+
+def test_names_that_are_unknown_and_ties_that_differ_are_refused(tmp_path: Path) -> None:
+    model = Tied()
+    sender = DeltaSender(tmp_path, base=model)
+    cases: list[tuple[Any, str]] = [
+        ([("frist.weight", model.first.weight)], "nearest is 'first.weight'; pass add=True"),
+        (
+            {"first.weight": torch.ones(30, 8), "last.weight": torch.zeros(30, 8)},
+            "tied to 'first.weight', but",
+        ),
+        (iter(()), "was the iterator used before"),
+    ]
+    for tensors, words in cases:
+        with pytest.raises(OptionError, match=words):
+            sender.send(tensors)
+    assert not list(tmp_path.iterdir())
+    assert sender.send([("new", torch.ones(2))], add=True).number == 1
 
 
 def test_a_new_sender_continues_the_numbers_of_a_folder(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ...errors import OptionError
 from ...io.paths import is_index
 from ..deltas import Source
 from ..tensors import Array, tensor_of
-from .sender import copied_base, numbered
+from .sender import aliases_in, copied_base, numbered
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,21 @@ class DeltaReceiver:
         """
         self._engine, self._threads = engine, threads
         self._arrays: dict[str, Array] | None = None
+        self._aliases: dict[str, str] = {}  # other names of tied weights -> the names in `_arrays`
         self.number = number
         if base is not None:
-            _, self._arrays = copied_base(base)
+            found = copied_base(base)
+            self._arrays, self._aliases = found.arrays, found.aliases
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Name -> tensor. Shares the memory of the receiver, so that `apply` changes it.
+        """Name -> tensor, tied ones under each name. Shares the receiver's memory: `apply` changes it.
 
         Raises:
             OptionError: there are no weights yet.
         """
-        return {name: tensor_of(array) for name, array in self._held().items()}
+        out = {name: tensor_of(array) for name, array in self._held().items()}
+        return out | {name: out[kept] for name, kept in self._aliases.items()}
 
     def read(self, path: str | os.PathLike[str]) -> dict[str, Patch]:
         """Returns what a file changes, without changing the weights. All of it is checked.
@@ -123,10 +126,12 @@ class DeltaReceiver:
         if not is_delta(path):
             with open_any(path, engine=self._engine, threads=self._threads) as file:
                 self._arrays = file.get_tensors()
-            return list(self._arrays)
+                self._aliases = aliases_in(file.metadata(), self._arrays)
+            return self._all_names(self._arrays)
         with Delta(path, engine=self._engine, threads=self._threads) as delta:
             found = applying.apply_delta(self._held(), delta, threads=self._threads)
-        return [tensor.name for tensor in found.tensors if tensor.kind != "unchanged"]
+            self._aliases |= aliases_in(delta.metadata(), self._held())
+        return self._all_names(tensor.name for tensor in found.tensors if tensor.kind != "unchanged")
 
     def catch_up(self, folder: str | os.PathLike[str]) -> list[str]:
         """Applies the files of a folder that were not applied yet, in order.
@@ -150,6 +155,11 @@ class DeltaReceiver:
             changed |= dict.fromkeys(self.apply(path))
             self.number = number
         return list(changed)
+
+    def _all_names(self, changed: Iterable[str]) -> list[str]:
+        """Returns names with the other names of tied weights."""
+        names = list(changed)
+        return names + [other for other, kept in self._aliases.items() if kept in names]
 
     def _held(self) -> dict[str, Array]:
         if self._arrays is None:

@@ -6,17 +6,19 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from ...deltas.tensors import OpenTensors, spec_of
+from ...deltas.tensors import FileTensors, OpenTensors, spec_of
 from ...deltas.writing import DeltaWriter
 from ...encode.writer import Writer
 from ...errors import OptionError
-from ...names import quoted
-from ..deltas import Source, arrays_of
+from ...names import quoted, unmatched
+from ..deltas import Source, arrays_of, state_of
 from ..tensors import Array, array_of
+from ..ties import TiedNames
 
 _FILE = re.compile(r"weights-(\d{8})\.sfp(\.index\.json)?")
 
@@ -48,8 +50,23 @@ def numbered(folder: str | os.PathLike[str]) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def copied_base(base: Source) -> tuple[str | None, dict[str, Array]]:
-    """Returns the name of a model, if it is in files, and copies of its tensors.
+@dataclass(frozen=True)
+class Base:
+    """A copy of the weights of a model.
+
+    Attributes:
+        name: its name, if it is in files.
+        arrays: name -> weights; of tied weights, only the first name in alphabetical order.
+        aliases: each other name of tied weights -> that name.
+    """
+
+    name: str | None
+    arrays: dict[str, Array]
+    aliases: dict[str, str]
+
+
+def copied_base(base: Source) -> Base:
+    """Returns a copy of a model.
 
     Raises:
         OptionError, InvalidFileError, SafetensorsError, OSError: it cannot be read.
@@ -59,8 +76,28 @@ def copied_base(base: Source) -> tuple[str | None, dict[str, Array]]:
         found = indices or sorted(Path(base).glob("*.safetensors"))
         if len(found) == 1:
             base = found[0]
+    aliases: dict[str, str] = {}
+    if isinstance(base, torch.nn.Module):
+        base = state_of(base)
+    if isinstance(base, Mapping):
+        aliases = _aliases_of(base)
+        base = {name: tensor for name, tensor in base.items() if name not in aliases}
     with OpenTensors(arrays_of(base)) as opened:
-        return opened.name, {name: opened.tensors.read(name).copy() for name in opened.tensors.specs}
+        arrays = {name: opened.tensors.read(name).copy() for name in opened.tensors.specs}
+        if isinstance(opened.tensors, FileTensors):
+            aliases = aliases_in(opened.tensors.metadata(), arrays)
+        return Base(opened.name, arrays, aliases)
+
+
+def _aliases_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Returns each other name of tied weights -> the first one in alphabetical order."""
+    tied = TiedNames(tensors)
+    return {name: tied.kept(name) for name in tensors if tied.kept(name) != name}
+
+
+def aliases_in(metadata: Mapping[str, str], arrays: Mapping[str, Array]) -> dict[str, str]:
+    """Returns the other names of tied weights from the metadata of a file: other name -> kept name."""
+    return {name: kept for name, kept in metadata.items() if kept in arrays and name not in arrays}
 
 
 class DeltaSender:
@@ -98,28 +135,51 @@ class DeltaSender:
         self._engine, self._threads = engine, threads
         self._last: dict[str, Array] | None = None
         self._name: str | None = None
+        self._aliases: dict[str, str] = {}
         if base is not None:
-            self._name, self._last = copied_base(base)
+            found = copied_base(base)
+            self._name, self._last, self._aliases = found.name, found.arrays, found.aliases
         self._number = max(numbered(self.folder), default=0)
 
-    def send(self, tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> Sent:
+    def send(
+        self,
+        tensors: torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+        *,
+        add: bool = False,
+    ) -> Sent:
         """Writes the next file.
 
         Args:
-            tensors: the weights by name, or pairs as of `named_parameters`; read one at a time. Weights that
-                are not among them stay as they were.
+            tensors: a module, the weights by name, or pairs as of `named_parameters`; read one at a time.
+                Weights that are not among them stay as they were. Any name of tied weights is valid.
+            add: whether names that the weights before do not have are new weights. If false, they raise.
 
         Returns:
             The file.
 
         Raises:
-            OptionError: a tensor has no memory of its own, or a name occurs twice. Nothing was sent.
+            OptionError: a tensor has no memory of its own; a name is unknown or occurs twice; tied weights
+                differ; or an iterator is at its end, as if it was used before. Nothing was sent.
             OSError: the file cannot be written. Nothing was sent.
         """
-        pairs = iter(tensors.items() if isinstance(tensors, Mapping) else tensors)
+        if isinstance(tensors, torch.nn.Module):
+            tensors = state_of(tensors)
+        if isinstance(tensors, Mapping):
+            pairs = iter(tensors.items())
+            if self._last is None:
+                self._aliases = _aliases_of(tensors)
+        else:
+            pairs = iter(tensors)
+            first = next(pairs, None)
+            if first is None:
+                raise OptionError("there are no tensors; was the iterator used before?")
+            pairs = chain([first], pairs)
         number = self._number + 1
         path = self.folder / f"weights-{number:08d}.sfp"
-        new = self._write_whole(path, pairs) if self._last is None else self._write_delta(path, pairs)
+        if self._last is None:
+            new = self._write_whole(path, pairs)
+        else:
+            new = self._write_delta(path, pairs, self._last, add)
         sent = Sent(path, number, self._last is None, path.stat().st_size)
         self._last, self._number, self._name = new, number, path.name
         return sent
@@ -130,30 +190,51 @@ class DeltaSender:
 
     def _write_whole(self, path: Path, pairs: Iterator[tuple[str, torch.Tensor]]) -> dict[str, Array]:
         new: dict[str, Array] = {}
-        with Writer(path, engine=self._engine, threads=self._threads) as writer:
-            for name, tensor in pairs:
-                writer.add(name, _copied(name, tensor, new))
+        with Writer(path, metadata=self._aliases, engine=self._engine, threads=self._threads) as writer:
+            for name, array in self._copies(pairs, new):
+                writer.add(name, array)
         return new
 
-    def _write_delta(self, path: Path, pairs: Iterator[tuple[str, torch.Tensor]]) -> dict[str, Array]:
-        assert self._last is not None
+    def _write_delta(
+        self, path: Path, pairs: Iterator[tuple[str, torch.Tensor]], last: dict[str, Array], add: bool
+    ) -> dict[str, Array]:
         new: dict[str, Array] = {}
-        writer = DeltaWriter(path, base_name=self._name, engine=self._engine, threads=self._threads)
+        writer = DeltaWriter(
+            path,
+            base_name=self._name,
+            metadata=self._aliases,
+            engine=self._engine,
+            threads=self._threads,
+        )
         with writer:
-            for name, tensor in pairs:
-                writer.add(name, self._last.get(name), _copied(name, tensor, new))
-            for name, array in self._last.items():
+            for name, array in self._copies(pairs, new):
+                if name not in last and not add:
+                    raise OptionError(f"{unmatched(name, last)}; pass add=True to add it")
+                writer.add(name, last.get(name), array)
+            for name, array in last.items():
                 if name not in new:
                     new[name] = array
                     writer.add(name, array, array)
         return new
 
+    def _copies(
+        self, pairs: Iterator[tuple[str, torch.Tensor]], new: dict[str, Array]
+    ) -> Iterator[tuple[str, Array]]:
+        """Yields the kept name and a copy of each tensor, tied ones once. Adds them to ``new``.
 
-def _copied(name: str, tensor: torch.Tensor, new: dict[str, Array]) -> Array:
-    """Adds a copy of a tensor to ``new``, in CPU memory, and returns it."""
-    if name in new:
-        raise OptionError(f"tensor {quoted(name)} was already sent")
-    array = array_of(tensor, name)
-    new[name] = array.copy() if tensor.device.type == "cpu" else array
-    spec_of(name, new[name])
-    return new[name]
+        Raises:
+            OptionError: a name occurs twice, or tied weights differ.
+        """
+        given: set[str] = set()
+        for name, tensor in pairs:
+            if name in given:
+                raise OptionError(f"tensor {quoted(name)} was already sent")
+            given.add(name)
+            kept = self._aliases.get(name, name)
+            array = array_of(tensor, name)
+            spec = spec_of(name, array)
+            if kept not in new:
+                new[kept] = array.copy() if tensor.device.type == "cpu" else array
+                yield kept, new[kept]
+            elif spec != spec_of(kept, new[kept]) or array.tobytes() != new[kept].tobytes():
+                raise OptionError(f"{quoted(name)} is tied to {quoted(kept)}, but has other values")

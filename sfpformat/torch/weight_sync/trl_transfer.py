@@ -120,7 +120,7 @@ class DeltaWeightTransfer:
         Raises:
             OptionError, OSError: the file cannot be written.
         """
-        sent = self.sender.send(iterator)
+        sent = self.sender.send(iterator, add=True)
         if self._client is None:
             return
         try:

@@ -208,7 +208,7 @@ class DeltaTrainerWeightTransferEngine(TrainerWeightTransferEngine[DeltaTrainerI
             for _ in weights:  # takes part in the collective operations
                 pass
             return
-        sent = self._sender.send(weights)
+        sent = self._sender.send(weights, add=True)
         try:
             self.client.start_weight_update()
             self.client.update_weights({"path": str(sent.path.resolve())})
