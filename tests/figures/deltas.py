@@ -4,7 +4,7 @@
 pair, such as those that ``tests.figures.train_steps`` and ``tests.figures.fine_tunes`` write: bytes, bits a
 weight, size as a multiple of `.sfp`, and MB of checkpoint per second for encoding and decoding. Every
 contender is decoded and compared bit for bit. Times are processor times of one thread, the least of
-``--rounds`` interleaved rounds.
+``--rounds`` interleaved rounds; of `.sfp`, also the median. ``--only sfp`` measures one contender.
 
 * entropy: that of the differences of each tensor, given the base's exponent, with the tensor's statistics;
 * sfp: the whole file of `write_delta`;
@@ -46,9 +46,10 @@ def main() -> None:
     )
     parser.add_argument("pairs", nargs="+", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="the name of one contender")
     options = parser.parse_args()
     for base, new in zip(options.pairs[::2], options.pairs[1::2], strict=True):
-        compare(base, new, options.rounds)
+        compare(base, new, options.rounds, options.only)
 
 
 def read(path: Path) -> Model:
@@ -57,7 +58,7 @@ def read(path: Path) -> Model:
         return {name: opened.tensors.read(name) for name in opened.tensors.specs}
 
 
-def compare(base_path: Path, new_path: Path, rounds: int) -> None:
+def compare(base_path: Path, new_path: Path, rounds: int, only: str | None) -> None:
     """Prints the table of a pair."""
     base, new = read(base_path), read(new_path)
     old, now = (np.concatenate([patterns(a) for a in model.values()]) for model in (base, new))
@@ -81,7 +82,11 @@ def compare(base_path: Path, new_path: Path, rounds: int) -> None:
         "zstd patch": (lambda: patch(old, now), lambda data: patched(old, now, data)),
         **zipnn(old, now),
     }
-    best: dict[str, list[float]] = {name: [np.inf, np.inf] for name in contenders}
+    if only is not None:
+        if only not in contenders:
+            raise SystemExit(f"{only!r} is none of {', '.join(contenders)}")
+        contenders = {only: contenders[only]}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     sizes = {}
     room, floors = np.zeros_like(old), dict[str, float]()
     for _ in range(rounds):
@@ -91,21 +96,24 @@ def compare(base_path: Path, new_path: Path, rounds: int) -> None:
             data = encode()
             middle = time.process_time()
             assert decode(data) is not False, name
-            best[name] = [
-                min(best[name][0], middle - begin),
-                min(best[name][1], time.process_time() - middle),
-            ]
+            times[name].append((middle - begin, time.process_time() - middle))
             sizes[name] = len(data)
         target = targets.pop()
-        assert all(np.array_equal(patterns(target[name]), patterns(new[name])) for name in new)
+        assert "sfp" not in sizes or all(
+            np.array_equal(patterns(target[name]), patterns(new[name])) for name in new
+        )
         for name, work in (("CRC-32", lambda: crc32(old.data)), ("copy", lambda: np.copyto(room, old))):
             begin = time.process_time()
             work()
             floors[name] = min(floors.get(name, np.inf), time.process_time() - begin)
     for name, size in sizes.items():
-        speeds = " | ".join(f"{old.nbytes / seconds / 1e6:,.0f}" for seconds in best[name])
-        print(f"| {name} | {size:,} | {8 * size / len(old):.4f} | {size / sizes['sfp']:.2f} | {speeds} |")
-    print(f"sfp: {8 * sizes['sfp'] / bits - 1:+.1%} of the entropy")
+        speeds = " | ".join(f"{old.nbytes / seconds / 1e6:,.0f}" for seconds in np.min(times[name], axis=0))
+        ratio = f"{size / sizes['sfp']:.2f}" if "sfp" in sizes else ""
+        print(f"| {name} | {size:,} | {8 * size / len(old):.4f} | {ratio} | {speeds} |")
+    if "sfp" in sizes:
+        print(f"sfp: {8 * sizes['sfp'] / bits - 1:+.1%} of the entropy")
+        medians = (f"{old.nbytes / seconds / 1e6:,.0f}" for seconds in np.median(times["sfp"], axis=0))
+        print(f"sfp, median of the rounds: {', '.join(medians)} MB/s")
     speeds = ", ".join(f"{name} {old.nbytes / seconds / 1e6:,.0f}" for name, seconds in floors.items())
     print(f"MB/s: {speeds}")
 
