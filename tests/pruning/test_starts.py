@@ -166,7 +166,7 @@ def test_a_resumed_run_keeps_the_start_of_the_first_part(tmp_path: Path) -> None
     for name, importance in whole.importances.items():
         assert torch.equal(resumed.importances[name], importance)
     start = fisher(net, statistics(net, batches))
-    with pytest.raises(MismatchError, match="other settings"):
+    with pytest.raises(MismatchError, match="other initial importances"):
         learn_importance(net, batches, 0.7, settings=FAST, checkpoint=state, start=start)
 
 
