@@ -124,6 +124,7 @@ def test_a_module_with_custom_loading_has_no_buffer_left_on_the_meta_device(tmp_
     assert torch.equal(other.places, Positions().places)
 
 
+@pytest.mark.filterwarnings("ignore:the model has no linear layer:sfpformat.errors.SfpWarning")
 @DOORS
 @pytest.mark.parametrize("hook", [False, True])
 def test_the_counter_of_batch_norm_is_zero_if_a_file_lacks_it(fill: Fill, hook: bool, tmp_path: Path) -> None:
