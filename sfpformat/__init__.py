@@ -35,11 +35,12 @@ from .options import PRESETS, Exact, ImportanceOptions, Lossless, Options, Table
 if TYPE_CHECKING:
     from .decode.shards import ShardedFile
     from .deltas.applying import apply_delta
+    from .deltas.comparing import write_delta
     from .deltas.indices import write_delta_index
     from .deltas.reading import Delta
     from .deltas.result import DeltaFile
     from .deltas.tensors import Source
-    from .deltas.writing import DeltaWriter, write_delta
+    from .deltas.writing import DeltaWriter
     from .encode.budget import steps_for_budget
     from .encode.writer import Writer
 
@@ -54,7 +55,7 @@ _MODULE_OF = {
     "Writer": ".encode.writer",
     "apply_delta": ".deltas.applying",
     "steps_for_budget": ".encode.budget",
-    "write_delta": ".deltas.writing",
+    "write_delta": ".deltas.comparing",
     "write_delta_index": ".deltas.indices",
 }
 

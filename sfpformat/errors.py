@@ -154,7 +154,7 @@ class PartlyChangedError(SfpError, RuntimeError):
 
 
 class EngineError(SfpError, RuntimeError):
-    """The requested engine is not available on this machine. The message gives the reason."""
+    """The requested engine is not available on this machine, or its device failed. The message says why."""
 
 
 class ClosedFileError(SfpError, ValueError):

@@ -128,6 +128,22 @@ __device__ inline void load_elements(const ChangeTile &tile, u32 slot, Element (
     }
 }
 
+// Calls `visit(slot, bits)` for each slot of a tile, in order: all lanes together, with 32 neighbouring slots. `slot` is
+// counted from the first element; it is not less than the tile's count in an empty slot, whose bits are 0.
+template <class Element, class Visit>
+__device__ inline void for_each_slot(const ChangeTile &tile, u32 lane, Visit visit) {
+    u32 empty = empty_slots(tile), slots = tile.count + empty;
+    for (u32 first = 0; first < slots; first += LOADED * WARP) {
+        Element elements[LOADED];
+        load_elements(tile, first + lane, elements);
+        for (u32 i = 0; i < LOADED; i++) {
+            u32 slot = first + i * WARP + lane;
+            if (slot - lane >= slots) break;
+            visit(slot - empty, elements[i]);
+        }
+    }
+}
+
 // Returns the key of an element, counted from the first of the range. Not less than `keys` outside the range.
 template <class Element> __device__ inline u32 key_in_range(Element bits, const KeyRange &range) {
     const Element low = (Element)((Element) ~(Element)0 >> 1);
@@ -149,6 +165,14 @@ template <class Element> __device__ inline Element changed(Element bits, Element
 
 // ------------------------------------------------------------------------------------------------ kernels
 
+// Copies the sum tables to the memory of the block. Returns whether the warp has a tile, the index of which it stores.
+__device__ inline bool start_tiles(u32 count, const SumTables *tables, SumTables &own, u32 &index) {
+    index = blockIdx.x * WARPS + threadIdx.x / WARP;
+    copy_sum_tables(tables, own, threadIdx.x);
+    __syncthreads();
+    return index < count;
+}
+
 struct CountMemory {
     SumTables tables;
     u32 counts[WARPS][MOST_KEYS];
@@ -162,20 +186,12 @@ __device__ inline u32 count_tile(
     for (u32 key = lane; key < range.keys; key += WARP) counts[key] = 0;
     __syncwarp();
     Sum<Element> sum = {};
-    u32 empty = empty_slots(tile), slots = tile.count + empty;
-    for (u32 first = 0; first < slots; first += LOADED * WARP) {
-        Element elements[LOADED];
-        load_elements(tile, first + lane, elements);
-        for (u32 i = 0; i < LOADED; i++) {
-            u32 slot = first + i * WARP + lane;
-            if (slot - lane >= slots) break;
-            Element bits = elements[i];
-            if (tile.flags & IS_BOOL) bits = bits != 0;
-            add_to_sum(sum, bits, tables);
-            u32 key = key_in_range(bits, range);
-            if (slot >= empty && key < range.keys) atomicAdd(&counts[key], 1);
-        }
-    }
+    for_each_slot<Element>(tile, lane, [&](u32 slot, Element bits) {
+        if (tile.flags & IS_BOOL) bits = bits != 0;
+        add_to_sum(sum, bits, tables);
+        u32 key = key_in_range(bits, range);
+        if (slot < tile.count && key < range.keys) atomicAdd(&counts[key], 1);
+    });
     __syncwarp();
     if (range.keys) {
         u32 *row = (u32 *)range.counts + (u64)(index - range.first) * range.keys;
@@ -257,51 +273,45 @@ __device__ inline u32 place_tile(
     }
     __syncwarp();  // before a shuffle
     Sum<Element> sum = {};
-    u32 empty = empty_slots(tile), slots = tile.count + empty, key_bits = 32 - __clz((int)(range.keys - 1));
+    u32 key_bits = 32 - __clz((int)(range.keys - 1));
     Element *patterns = (Element *)list.patterns;
-    for (u32 first = 0; first < slots; first += LOADED * WARP) {
-        Element elements[LOADED];
-        load_elements(tile, first + lane, elements);
-        for (u32 i = 0; i < LOADED; i++) {
-            u32 slot = first + i * WARP + lane;
-            if (slot - lane >= slots) break;
-            Element bits = elements[i], flipped = 0;
-            u32 key = key_in_range(bits, range);
-            bool inside = slot >= empty && key < range.keys;
-            u32 lanes = __ballot_sync(ALL_LANES, inside);
-            if (lanes != 0) {
-                lanes &= lanes_with(key, key_bits);
-                u32 before = (u32)__popc(lanes & ((1u << lane) - 1));  // elements of the key in earlier lanes
-                bool found = false;
-                u32 change = 0, end = 0;
-                if (inside && own.next[key] <= own.rank[key] + before) {
-                    u32 rank = own.rank[key] + before;
-                    change = own.change[key];
-                    end = starts[key + 1];
-                    change = change_from(list.ranks, change, least(change + before, end), rank);
-                    found = change < end && list.ranks[change] == rank;
-                }
-                if (found) {
-                    flipped = (Element)(bits ^ changed(bits, patterns[change], range.is_float));
-                    patterns[change] = flipped;
-                    u32 place = index * TILE_ELEMENTS + (slot - empty);
-                    list.places[change] = tile.flags & IS_CHANGED ? place : (u32)NO_CHANGE;
-                }
-                u32 all_found = __ballot_sync(ALL_LANES, found);
-                __syncwarp();  // before a shuffle
-                if (inside && before == 0) {
-                    own.rank[key] += (u32)__popc(lanes);
-                    u32 passed = (u32)__popc(all_found & lanes);
-                    if (passed) {
-                        change = own.change[key] += passed;
-                        own.next[key] = change < starts[key + 1] ? list.ranks[change] : NO_CHANGE;
-                    }
-                }
-                __syncwarp();  // before a shuffle
+    for_each_slot<Element>(tile, lane, [&](u32 slot, Element bits) {
+        Element flipped = 0;
+        u32 key = key_in_range(bits, range);
+        bool inside = slot < tile.count && key < range.keys;
+        u32 lanes = __ballot_sync(ALL_LANES, inside);
+        if (lanes != 0) {
+            lanes &= lanes_with(key, key_bits);
+            u32 before = (u32)__popc(lanes & ((1u << lane) - 1));  // elements of the key in earlier lanes
+            bool found = false;
+            u32 change = 0, end = 0;
+            if (inside && own.next[key] <= own.rank[key] + before) {
+                u32 rank = own.rank[key] + before;
+                change = own.change[key];
+                end = starts[key + 1];
+                change = change_from(list.ranks, change, least(change + before, end), rank);
+                found = change < end && list.ranks[change] == rank;
             }
-            add_to_sum(sum, flipped, tables);
+            if (found) {
+                flipped = (Element)(bits ^ changed(bits, patterns[change], range.is_float));
+                patterns[change] = flipped;
+                u32 place = index * TILE_ELEMENTS + slot;
+                list.places[change] = tile.flags & IS_CHANGED ? place : (u32)NO_CHANGE;
+            }
+            u32 all_found = __ballot_sync(ALL_LANES, found);
+            __syncwarp();  // before a shuffle
+            if (inside && before == 0) {
+                own.rank[key] += (u32)__popc(lanes);
+                u32 passed = (u32)__popc(all_found & lanes);
+                if (passed) {
+                    change = own.change[key] += passed;
+                    own.next[key] = change < starts[key + 1] ? list.ranks[change] : NO_CHANGE;
+                }
+            }
+            __syncwarp();  // before a shuffle
         }
-    }
+        add_to_sum(sum, flipped, tables);
+    });
     return joined_sum(sum, tables, lane);
 }
 

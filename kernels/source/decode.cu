@@ -220,10 +220,8 @@ MULTIPLY(multiply_f32, 3, OF_BF16, 3)
         const ChangeTile *tiles, u32 count, const KeyRange *ranges, u32 *sums, const SumTables *tables        \
     ) {                                                                                                       \
         __shared__ CountMemory memory;                                                                        \
-        u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP, index = blockIdx.x * WARPS + own;            \
-        copy_sum_tables(tables, memory.tables, threadIdx.x);                                                  \
-        __syncthreads();                                                                                      \
-        if (index >= count) return;                                                                           \
+        u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP, index;                                       \
+        if (!start_tiles(count, tables, memory.tables, index)) return;                                        \
         ChangeTile tile = tiles[index];                                                                       \
         KeyRange range = {};                                                                                  \
         if (tile.range != NO_RANGE) range = ranges[tile.range];                                               \
@@ -238,10 +236,8 @@ MULTIPLY(multiply_f32, 3, OF_BF16, 3)
         u32 *places, u32 *sums, const SumTables *tables                                                       \
     ) {                                                                                                       \
         __shared__ PlaceMemory memory;                                                                        \
-        u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP, index = blockIdx.x * WARPS + own;            \
-        copy_sum_tables(tables, memory.tables, threadIdx.x);                                                  \
-        __syncthreads();                                                                                      \
-        if (index >= count) return;                                                                           \
+        u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP, index;                                       \
+        if (!start_tiles(count, tables, memory.tables, index)) return;                                        \
         ChangeTile tile = tiles[index];                                                                       \
         ChangeList list = {ranks, patterns, places};                                                          \
         u32 sum = 0;                                                                                          \

@@ -17,7 +17,7 @@ from sfpformat.engines.cuda.pinned_loading import Queue
 from sfpformat.engines.cuda.product import Product, make_product
 from sfpformat.engines.cuda.recipe import make_recipe
 from sfpformat.engines.cuda.resident import Placed
-from sfpformat.engines.interface import Operands
+from sfpformat.engines.device_interface import Operands
 
 NUMPY: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 # Maximum relative rounding error.

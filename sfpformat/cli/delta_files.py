@@ -19,10 +19,12 @@ from ..decode.parts import Parts
 from ..decode.selection import Selection
 from ..decode.shards import ShardIndex
 from ..decode.validate import validate
+from ..deltas.chains import open_chain
+from ..deltas.comparing import add_from
 from ..deltas.parts import separator_for
-from ..deltas.result import DeltaFile, open_chain
+from ..deltas.result import DeltaFile
 from ..deltas.tensors import Spec, Tensors
-from ..deltas.writing import DeltaWriter, add_from
+from ..deltas.writing import DeltaWriter
 from ..errors import FileFault
 from ..io.paths import is_index, model_path
 from ..io.safetensors import SubByte, TensorSpec

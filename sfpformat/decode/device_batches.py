@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..coding.bits import Bytes
 from ..container.entry import TensorEntry
 from ..engines import DeviceEngine, DeviceQueue, Run
-from ..engines.interface import Pending
+from ..engines.device_interface import Pending
 from ..errors import FileFault
 from .reader import SfpFile, require_within_limits
 

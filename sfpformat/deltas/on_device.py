@@ -251,7 +251,7 @@ class DeviceChange(Closing):
             changes: a queue of the calling thread, on the same stream.
 
         Raises:
-            OSError, RuntimeError: the temporary file cannot be read, or the device failed. The elements were
+            OSError, EngineError: the temporary file cannot be read, or the device failed. The elements were
                 restored.
             PartlyChangedError: in addition, elements could not be restored.
         """

@@ -339,6 +339,26 @@ class Delta(Closing):
                 words = "the delta was made from a base without this tensor"
                 raise fault("R-DLT-009", words, tensor=name, offset=self.offset)
 
+    def require_follows(self, before: Delta) -> set[str]:
+        """Checks that the base of this delta is the result of the one before, by their checksums (R-DLT-009).
+
+        Returns:
+            The names of the tensors that were compared: those that both deltas list as parts, or both do not.
+
+        Raises:
+            BaseMismatchError: the base is another one.
+        """
+        results = {tensor.name: tensor for tensor in before.map.tensors if tensor.kind != "removed"}
+        compared = set()
+        for tensor in self.map.tensors:
+            result = results.get(tensor.name)
+            if tensor.kind == "added" or result is None:
+                continue
+            if (result.structure is None) == (tensor.structure is None):
+                self.require_checksum(tensor, result.result)
+                compared.add(tensor.name)
+        return compared
+
     def require_elements(self) -> None:
         """Checks that the delta compares only elements, so that it can be applied to arrays.
 

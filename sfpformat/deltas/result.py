@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -17,18 +17,16 @@ from ..coding.mask import Mask
 from ..coding.quantisers import F32
 from ..container.delta_map import DeltaTensor
 from ..decode.parts import Parts, parts_of
-from ..decode.selection import Index, Selection, select
-from ..errors import FileFault, MissingTensorError, OptionError, placed
+from ..decode.selection import Selection
+from ..errors import FileFault, MissingTensorError, placed
 from ..io.closing import Closing
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from .checksums import checksum_of
 from .parts import in_parts, names_of_parts, result_specs
 from .reading import Delta, Found, Part, PoolChanges
+from .result_slice import DeltaSlice, write_selected
 from .tensors import Array, OpenTensors, Source, Spec, Tensors, gathered, patterns_of, selected
-
-# The most deltas of a chain: each holds a file open and needs memory for a few tensors.
-MAX_CHAIN = 256
 
 
 class _Place(NamedTuple):
@@ -80,7 +78,7 @@ class DeltaFile(Closing):
             self.delta.require_base(self._base.specs)
             self._linked: set[str] = set()
             if isinstance(self._whole_base, DeltaFile):
-                self._linked = _require_link(self._whole_base.delta, self.delta)
+                self._linked = self.delta.require_follows(self._whole_base.delta)
         except BaseException:
             self.close()
             raise
@@ -97,6 +95,10 @@ class DeltaFile(Closing):
     def close(self) -> None:
         """Closes the delta, and the base if this object opened it."""
         self._stack.close()
+
+    def on_close(self, action: Callable[[], object]) -> None:
+        """Calls a function when this object is closed, such as ``close`` of a base that nobody else uses."""
+        self._stack.callback(action)
 
     @property
     def base(self) -> Tensors:
@@ -213,7 +215,7 @@ class DeltaFile(Closing):
             blocks = pool.blocks_with(own, selection)
             for block in blocks[pool.changed[blocks] > 0].tolist():
                 for start, found in self._changes_of(pool, own, block, int(blocks[-1])):
-                    _select_into(
+                    write_selected(
                         out, selection, pool.width, found.positions.astype(np.int64) + start, values(found)
                     )
 
@@ -423,132 +425,3 @@ def _without_same(found: Found, base: Patterns) -> Found:
     """Returns the coded elements that differ from the base's. A dense bucket codes those that do not, too."""
     differ = found.values != base[found.positions]
     return Found(found.positions[differ], found.values[differ])
-
-
-def _select_into(
-    out: NDArray[np.generic],
-    selection: Selection,
-    width: int,
-    at: NDArray[np.int64],
-    values: NDArray[np.generic],
-) -> None:
-    """Writes values into the selected elements of a tensor.
-
-    Args:
-        out: the selected elements, in the order of the selection, [elements].
-        selection: their positions in the tensor.
-        width: elements of a position.
-        at: the elements that the values replace, ascending, [n]. Those that are not selected are ignored.
-        values: the values, [n].
-    """
-    if selection.contiguous:
-        low = (int(selection.starts[0]) + selection.run.start) * width
-        first, stop = np.searchsorted(at, (low, low + len(out)))
-        out[at[first:stop] - low] = values[first:stop]
-    elif len(at):
-        for first, positions in selection.blocks():
-            elements = (positions[:, None] * width + np.arange(width)).reshape(-1)
-            nearest = np.minimum(np.searchsorted(at, elements), len(at) - 1)
-            hit = np.flatnonzero(at[nearest] == elements)
-            out[first * width + hit] = values[nearest[hit]]
-
-
-class DeltaSlice:
-    """A tensor of the result that is computed when it is indexed. Same interface as `SfpSlice`.
-
-    Reads only the selected elements, and the blocks of the delta that contain them: by default, 4,194,304
-    consecutive elements of the changed tensors of one dtype. Of a base in a file, it decodes only these.
-
-    A slice cannot be compared with the checksum of a whole tensor. Checked are: names, dtypes and shapes of
-    the base, the checksums of the chunks that are decoded, and that the changes of each block fit the base's
-    exponents (R-DLT-011). A wrong base with the same exponents is not detected. `DeltaFile.check` compares
-    the checksums of whole tensors; so does an index that selects a whole tensor, and any index of a tensor
-    that the delta stores in parts: it is computed as a whole.
-    """
-
-    def __init__(self, file: DeltaFile, name: str, spec: Spec) -> None:
-        self._file, self._name, self._spec = file, name, spec
-
-    def get_shape(self) -> list[int]:
-        """Returns the tensor's shape."""
-        return list(self._spec.shape)
-
-    def get_dtype(self) -> str:
-        """Returns the name of the tensor's dtype, such as ``"BF16"``."""
-        return self._spec.dtype.name
-
-    def __getitem__(self, index: Index) -> Array:
-        """Returns the selected part as a new array.
-
-        Args:
-            index: integers, slices with any step, and ``...``, as in basic numpy indexing.
-
-        Raises:
-            IndexError: the index does not fit the shape, or has an item of another type.
-            BaseMismatchError, InvalidFileError, LimitError: as in `DeltaFile.get_tensor`.
-        """
-        return self._file.read_part(self._name, select(self._spec.shape, index))
-
-    def get_changed(self, index: Index = ...) -> NDArray[np.bool_]:
-        """Returns which of the selected elements differ from the base: bool, of the shape of the selection.
-
-        All elements of replaced and added tensors count as different. Decodes only the blocks that contain
-        the selected elements. Same arguments and errors as indexing.
-        """
-        return self._file.changed_part(self._name, select(self._spec.shape, index))
-
-
-def open_chain(
-    base: Source,
-    deltas: Sequence[Readable],
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    engine: str | None = None,
-    threads: int | None = None,
-) -> DeltaFile:
-    """Opens the result of several deltas, each of which has the result of the one before as its base.
-
-    Args:
-        base: the base of the first delta, as for `write_delta`.
-        deltas: one to 256 deltas, in order.
-        limits, engine, threads: same as for `sfpformat.open`.
-
-    Raises:
-        BaseMismatchError: the deltas are out of order, or the first was made from another base.
-        OptionError: there is no delta, or there are too many; use fewer, or squash them.
-        InvalidFileError, UnsupportedError, LimitError, OSError: as in `sfpformat.open`.
-    """
-    if not 1 <= len(deltas) <= MAX_CHAIN:
-        raise OptionError(f"a chain of {len(deltas)} deltas; give 1 to {MAX_CHAIN}, or squash them")
-    found: DeltaFile | None = None
-    try:
-        for readable in deltas:
-            under = found
-            found = DeltaFile(
-                readable, base if under is None else under, limits=limits, engine=engine, threads=threads
-            )
-            if under is not None:
-                found._stack.callback(under.close)
-    except BaseException:
-        if found is not None:
-            found.close()
-        raise
-    assert found is not None
-    return found
-
-
-def _require_link(first: Delta, second: Delta) -> set[str]:
-    """Checks that the base of a delta is the result of the one before, by their checksums.
-
-    Returns the names of the tensors that were compared: those that both deltas list as parts, or both do not.
-    """
-    listed = {tensor.name: tensor for tensor in first.map.tensors if tensor.kind != "removed"}
-    compared = set()
-    for tensor in second.map.tensors:
-        before = listed.get(tensor.name)
-        if tensor.kind == "added" or before is None:
-            continue
-        if (before.structure is None) == (tensor.structure is None):
-            second.require_checksum(tensor, before.result)
-            compared.add(tensor.name)
-    return compared

@@ -20,16 +20,15 @@ from ..coding.changes import Patterns, from_levels, keys_of
 from ..container.delta_map import DeltaMap, DeltaTensor
 from ..decode.selection import select
 from ..dtypes import DTYPES, of_numpy
-from ..errors import MismatchError, OptionError, ProcessError, fault
+from ..errors import MismatchError, OptionError, fault
 from ..io.checksum import combined, crc32
 from ..names import listed, quoted
+from .agreement import Exchange, agreed
 from .applying import memory_patterns, require_changeable, uninterrupted
 from .reading import Delta, PoolChanges
 from .tensors import Array, Spec, patterns_of, selected
 
 T = TypeVar("T")
-# Sends an object to all processes. Returns those of all processes, in their order.
-Exchange = Callable[[object], list[Any]]
 
 _RANK_BITS = 40  # a block has fewer elements
 
@@ -155,23 +154,7 @@ class _SlicedChange:
             self._slices[name].array[...] = array
 
     def _agreed(self, work: Callable[[], T]) -> list[T]:
-        """Calls a function on each process, and returns all results.
-
-        Raises:
-            ProcessError: the function failed on another process.
-        """
-        try:
-            found = work()
-        except BaseException as failure:
-            self._exchange((f"{type(failure).__name__}: {failure}", None))
-            raise
-        received = self._exchange((None, found))
-        for number, (words, _) in enumerate(received):
-            if words is not None:
-                raise ProcessError(
-                    f"process {number} of {len(received)} failed; nothing was changed: {words}"
-                )
-        return [result for _, result in received]
+        return agreed(self._exchange, work, "nothing was changed")
 
     def _layout(self) -> tuple[object, dict[str, tuple[Any, ...]]]:
         """Returns the identity of the delta, and dtype, shape, start and size of each part."""

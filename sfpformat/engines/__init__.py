@@ -15,26 +15,22 @@ import sys
 from typing import cast
 
 from ..errors import EngineError
-from .interface import (
+from .device_interface import (
     CheckedBlock,
-    DenseSurvey,
     DeviceBlock,
     DeviceChanges,
     DeviceEngine,
     DevicePart,
     DeviceQueue,
-    Engine,
     Misfit,
     Operands,
     PendingBlocks,
     PlacedChanges,
-    PlainPlan,
-    PlainRuns,
     ResidentMatrix,
     ResidentRun,
     ResidentTensor,
-    Run,
 )
+from .interface import DenseSurvey, Engine, PlainPlan, PlainRuns, Run
 
 __all__ = [
     "CheckedBlock",

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, MutableMapping
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from ..container.delta_map import DeltaMap
-from ..decode.reader import SfpFile
-from ..decode.shards import ShardedFile
-from ..deltas import applying, writing
+from ..deltas import applying, comparing
 from ..deltas.applying import uninterrupted
 from ..deltas.reading import Delta
-from ..deltas.result import DeltaFile
+from ..deltas.writing import BLOCK
 from ..encode.sink import Target
-from ..errors import OptionError
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
-from ..names import listed, require_mapping
+from .delta_models import Source, arrays_of, copy_back, elements_of, named_tensors, state_of_target
 from .device_deltas import apply_on_device, device_for
-from .layers import compressed_weights
+from .groups import is_distributed
 from .overlaps import is_written, require_separate
 from .sharded_deltas import write_sharded_delta
-from .sliced_deltas import SliceIndex, apply_slices, is_distributed
-from .tensors import (
-    Array,
-    address_of,
-    array_of,
-    count_write,
-    memory_of,
-    require_memory,
-    tensor_of,
-    torch_dtype,
-)
-from .ties import TiedNames
-
-# What holds the tensors of a model.
-Source: TypeAlias = (
-    torch.nn.Module | Mapping[str, torch.Tensor] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]
-)
+from .sliced_deltas import SliceIndex, apply_slices
+from .tensors import Array, count_write, tensor_of
 
 
 def write_delta(
@@ -53,7 +34,7 @@ def write_delta(
     base_name: str | None = None,
     metadata: dict[str, str] | None = None,
     parts: bool = False,
-    block: int = writing.BLOCK,
+    block: int = BLOCK,
     group: Any = None,
     engine: str | None = None,
     threads: int | None = None,
@@ -102,7 +83,7 @@ def write_delta(
             threads=threads,
             limits=limits,
         )
-    return writing.write_delta(
+    return comparing.write_delta(
         path,
         arrays_of(base),
         arrays_of(named),
@@ -114,27 +95,6 @@ def write_delta(
         threads=threads,
         limits=limits,
     )
-
-
-def arrays_of(
-    source: Source,
-) -> Mapping[str, Array] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]:
-    """Returns the tensors of a module or state dict as arrays; other sources unchanged."""
-    named = named_tensors(source)
-    if isinstance(named, Mapping):
-        return {name: array_of(tensor, name) for name, tensor in named.items()}
-    return named
-
-
-def named_tensors(
-    source: Source,
-) -> Mapping[str, torch.Tensor] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]:
-    """Returns the tensors of a module, tied ones under one name; other sources unchanged."""
-    if not isinstance(source, torch.nn.Module):
-        return source
-    state = state_of(source)
-    tied = TiedNames(state)
-    return {name: tensor for name, tensor in state.items() if tied.kept(name) == name}
 
 
 def apply_delta(
@@ -186,15 +146,16 @@ def apply_delta(
         InvalidFileError, UnsupportedError, LimitError: the delta is damaged. Nothing was changed.
         OSError: the delta cannot be read, or a temporary file cannot be written. Nothing was changed.
         PartlyChangedError: the delta could not be read to its end, and tensors could not be restored.
-        RuntimeError: a CUDA device failed. Nothing was changed, or its memory is lost.
+        EngineError: a CUDA device failed. Nothing was changed, or its memory is lost.
     """
+    if slices is not None or _has_dtensors(target):
+        options = {"engine": engine, "threads": threads, "limits": limits}
+        return apply_slices(target, delta, slices or {}, group, options)
     if not isinstance(delta, Delta):
         with Delta(delta, limits=limits, engine=engine, threads=threads) as opened:
-            return apply_delta(target, opened, slices=slices, group=group, threads=threads)
+            return apply_delta(target, opened, threads=threads)
     delta.require_elements()
-    if slices is not None or _has_dtensors(target):
-        return apply_slices(target, delta, slices or {}, group)
-    state = _state_of(target, delta.map)
+    state = state_of_target(target, delta.map)
     require_separate(state, delta.map)
     written = [state[tensor.name] for tensor in delta.map.tensors if is_written(tensor, state)]
     device = device_for(state, delta)
@@ -214,31 +175,15 @@ def _apply_on_cpu(
     threads: int | None,
 ) -> None:
     """Changes tensors in CPU memory, and copies of all others."""
-    arrays: dict[str, Array] = {}
-    copied: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        require_memory(tensor, f"tensor {name!r}")
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous():
-            arrays[name] = _memory_of(tensor, name)
-        else:
-            arrays[name], copied[name] = array_of(tensor, name).copy(), tensor
+    copied: dict[str, tuple[Array, torch.Tensor]] = {}
+    arrays = {name: elements_of(name, tensor, copied) for name, tensor in state.items()}
     before = dict(arrays)
     applying.apply_delta(arrays, delta, threads=threads)
 
     def finish() -> None:
-        changed = {tensor.name for tensor in delta.map.tensors if tensor.kind != "unchanged"}
-        with torch.no_grad():
-            for name, tensor in copied.items():
-                if name in changed and arrays.get(name) is before[name]:
-                    tensor.copy_(tensor_of(arrays[name]))
-        if isinstance(target, torch.nn.Module):
-            return
-        for name, array in arrays.items():
-            if array is not before.get(name):
-                target[name] = tensor_of(array)
-        for name in before:
-            if name not in arrays:
-                del target[name]
+        copy_back({name: pair for name, pair in copied.items() if arrays.get(name) is pair[0]}, delta.map)
+        new = {name: tensor_of(array) for name, array in arrays.items() if array is not before.get(name)}
+        _restructure(target, new, [name for name in before if name not in arrays])
 
     uninterrupted(finish)
 
@@ -258,61 +203,3 @@ def _has_dtensors(target: object) -> bool:
     if isinstance(target, torch.nn.Module):
         return any(map(is_distributed, chain(target.parameters(), target.buffers())))
     return isinstance(target, Mapping) and any(map(is_distributed, target.values()))
-
-
-def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the ``state_dict`` of a module, with its own tensors.
-
-    Raises:
-        OptionError: layers are compressed.
-    """
-    names = sorted(compressed_weights(model))
-    if names:
-        raise OptionError(
-            f"layers of the module are compressed, so that a delta finds no elements: {listed(names)}; call "
-            "decompress_model first"
-        )
-    return dict(model.state_dict(keep_vars=True))
-
-
-def _memory_of(tensor: torch.Tensor, name: str) -> Array:
-    """Returns an array that shares the memory of a tensor; raises OptionError for a dtype without a name."""
-    array_of(tensor, name)
-    return memory_of(tensor)
-
-
-def _state_of(
-    target: torch.nn.Module | MutableMapping[str, torch.Tensor], delta: DeltaMap
-) -> Mapping[str, torch.Tensor]:
-    """Returns the tensors of a target.
-
-    Of a module, leaves out the names of tied tensors that the delta does not list, if it lists another name.
-
-    Raises:
-        OptionError: the target is no mapping, or the delta changes the structure of a module.
-    """
-    if not isinstance(target, torch.nn.Module):
-        require_mapping(target, "target")
-        return target
-    state = state_of(target)
-    known = {tensor.name: tensor for tensor in delta.tensors}
-    new = [
-        tensor.name
-        for tensor in delta.tensors
-        if tensor.kind in ("added", "removed")
-        or (
-            tensor.kind == "replaced"
-            and tensor.name in state
-            and (state[tensor.name].dtype, tuple(state[tensor.name].shape))
-            != (torch_dtype(tensor.dtype.name), tensor.shape)
-        )
-    ]
-    if new:
-        raise OptionError(
-            f"the delta adds, removes, reshapes or changes the dtype of {listed(new)}, which a module "
-            "cannot; pass a state dict"
-        )
-    places = {address_of(state[name]) for name in known if name in state}
-    return {
-        name: tensor for name, tensor in state.items() if name in known or address_of(tensor) not in places
-    }

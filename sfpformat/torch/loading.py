@@ -260,7 +260,7 @@ def fill(
         if tensor.is_meta:
             made[group] = _memory_like(tensor, device)
         target = made.get(group, tensor.detach())
-        if source not in direct and _fits(target, tensor, file.info(source).dtype):
+        if source not in direct and fits(target, tensor, file.info(source).dtype):
             direct[source] = target
         else:
             rest.setdefault(source, []).append(target)
@@ -309,7 +309,7 @@ def _memory_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
-def _fits(target: torch.Tensor, tensor: torch.Tensor, dtype: str) -> bool:
+def fits(target: torch.Tensor, tensor: torch.Tensor, dtype: str) -> bool:
     """Returns whether a file's tensor can be decoded directly into ``target``, the memory of ``tensor``."""
     known = format_dtype(target.dtype)
     return (

@@ -9,6 +9,7 @@ import torch
 from ..container.delta_map import DeltaMap, DeltaTensor
 from ..errors import OptionError
 from ..names import quoted
+from .loading import identity
 from .tensors import address_of
 
 _WRITTEN = ("changed", "replaced")
@@ -41,7 +42,7 @@ def require_separate(state: Mapping[str, torch.Tensor], delta: DeltaMap) -> None
         groups.setdefault((tensor.device, storage.data_ptr()), []).append(name)
     for names in groups.values():
         for one, other in _close_pairs({name: state[name] for name in names}):
-            alike = _view_of(state[one]) == _view_of(state[other]) and _alike(listed[one], listed[other])
+            alike = identity(state[one]) == identity(state[other]) and _alike(listed[one], listed[other])
             if not alike and _written((one, other), listed) and share_elements(state[one], state[other]):
                 raise OptionError(
                     f"{quoted(one)} and {quoted(other)} share memory, but differ in the result of the delta; "
@@ -76,7 +77,7 @@ def share_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
 
     Needs as many bytes as both tensors span together, unless they are the same.
     """
-    if _view_of(one) == _view_of(other):
+    if identity(one) == identity(other):
         return True
     start = min(address_of(one), address_of(other))
     seen = torch.zeros(max(_end_of(one), _end_of(other)) - start, dtype=torch.uint8)
@@ -108,7 +109,3 @@ def _end_of(tensor: torch.Tensor) -> int:
     """Returns the address after a tensor's last element."""
     reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return address_of(tensor) + (reach + 1) * tensor.element_size()
-
-
-def _view_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    return address_of(tensor), tensor.dtype, tensor.shape, tensor.stride()

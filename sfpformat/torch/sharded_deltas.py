@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,17 +19,16 @@ from ..deltas.indices import rename_with_index
 from ..deltas.result import DeltaFile
 from ..deltas.tensors import OpenTensors, Spec, Tensors
 from ..deltas.writing import DeltaWriter
-from ..errors import OptionError, ProcessError
+from ..errors import OptionError
 from ..io.atomic import AtomicFile, real_target
 from ..io.filesystem import rename
 from ..io.paths import INDEX_SUFFIX, SUFFIX
 from ..names import listed
-from .sliced_deltas import is_distributed
+from .groups import Group, is_distributed
 from .tensors import Array, array_of
 
-T = TypeVar("T")
-
 _INDEX = SUFFIX + INDEX_SUFFIX
+_OUTCOME = "no delta was written"
 
 
 def write_sharded_delta(
@@ -58,7 +58,7 @@ def write_sharded_delta(
         ProcessError: another process failed.
         OptionError, InvalidFileError, OSError: as in `write_delta`. No process wrote anything.
     """
-    processes = _Processes(group)
+    members = Group(group)
     shards = Path(path) if isinstance(path, (str, os.PathLike)) and str(path).endswith(_INDEX) else None
     with ExitStack() as stack:
         old: dict[str, torch.Tensor] | Tensors = {}
@@ -75,13 +75,13 @@ def write_sharded_delta(
                 sizes = {name: _nbytes(spec) for name, spec in old.specs.items()}
                 if options["base_name"] is None:
                     options["base_name"] = opened.name
-            target = _target(path, shards, processes)
+            target = _target(path, shards, members)
             return list((sizes | {name: tensor.nbytes for name, tensor in new.items()}).items())
 
-        layouts = processes.agreed(prepare)
+        layouts = members.agreed(prepare, _OUTCOME)
         _require_same(layouts)
-        owners = _owners(layouts[0], processes.count if shards is not None else 1)
-        return _Work(processes, old, new, owners).run(target, shards, options)
+        owners = _owners(layouts[0], members.count if shards is not None else 1)
+        return _Work(members, old, new, owners).run(target, shards, options)
 
 
 def _nbytes(spec: Spec) -> int:
@@ -107,52 +107,14 @@ def _owners(sizes: list[tuple[str, int]], count: int) -> dict[str, int]:
     return out
 
 
-def _target(path: object, shards: Path | None, processes: _Processes) -> Path | None:
+def _target(path: object, shards: Path | None, members: Group) -> Path | None:
     """Returns the path of the file that this process writes; None if it writes none."""
     if shards is not None:
         stem = shards.name.removesuffix(_INDEX)
-        return shards.with_name(shard_name(stem, processes.rank + 1, processes.count))
+        return shards.with_name(shard_name(stem, members.rank + 1, members.count))
     if not isinstance(path, (str, os.PathLike)):
         raise OptionError("the model has DTensors: give the path of a file or of an index")
-    return Path(path) if processes.rank == 0 else None
-
-
-class _Processes:
-    """The processes that write a delta together.
-
-    Attributes:
-        rank: number of this process, from 0.
-        count: number of the processes.
-    """
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-        self.rank = torch.distributed.get_rank(group)
-        self.count = torch.distributed.get_world_size(group)
-        if self.rank < 0:
-            raise OptionError("this process is not a member of group")
-
-    def agreed(self, work: Callable[[], T]) -> list[T]:
-        """Calls a function in each process, and returns the results of all, in their order.
-
-        Raises:
-            ProcessError: it failed in another process.
-        """
-        result: T | None = None
-        failure: BaseException | None = None
-        try:
-            result = work()
-        except BaseException as error:  # raised below, when all processes know
-            failure = error
-        words = None if failure is None else f"{type(failure).__name__}: {failure}"
-        received: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(received, (words, result), group=self._group)
-        if failure is not None:
-            raise failure
-        for number, (said, _) in enumerate(received):
-            if said is not None:
-                raise ProcessError(f"process {number} of {self.count} failed; no delta was written: {said}")
-        return [found for _, found in received]
+    return Path(path) if members.rank == 0 else None
 
 
 class _Work:
@@ -160,12 +122,12 @@ class _Work:
 
     def __init__(
         self,
-        processes: _Processes,
+        members: Group,
         old: dict[str, torch.Tensor] | Tensors,
         new: Mapping[str, torch.Tensor],
         owners: Mapping[str, int],
     ) -> None:
-        self._processes, self._old, self._new, self._owners = processes, old, new, owners
+        self._members, self._old, self._new, self._owners = members, old, new, owners
 
     def run(self, target: Path | None, shards: Path | None, options: dict[str, Any]) -> DeltaMap:
         """Writes the delta. All processes get what it says."""
@@ -182,19 +144,19 @@ class _Work:
             return file.path, file.target
 
         try:
-            self._processes.agreed(create)
-            found = self._compare(file, None if shards is None else self._processes.rank + 1, options)
-            files = [pair for pair in self._processes.agreed(finish) if pair is not None]
+            self._members.agreed(create, _OUTCOME)
+            found = self._compare(file, None if shards is None else self._members.rank + 1, options)
+            files = [pair for pair in self._members.agreed(finish, _OUTCOME) if pair is not None]
 
             def publish() -> DeltaMap | None:
-                if self._processes.rank:
+                if self._members.rank:
                     return None
                 if shards is not None:
                     return rename_with_index(files, shards)
                 rename(*files[0])
                 return found
 
-            written = self._processes.agreed(publish)[0]
+            written = self._members.agreed(publish, _OUTCOME)[0]
             assert written is not None
             return written
         finally:
@@ -239,9 +201,9 @@ class _Work:
             for name, owner in self._owners.items():
                 old = self._old.get(name) if isinstance(self._old, dict) else None
                 parts = [whole(tensor) for tensor in (old, self._new.get(name))]
-                if owner == self._processes.rank:
-                    attempt(lambda name=name, parts=parts: add(name, *parts))  # type: ignore[misc]
-            self._processes.agreed(finish)
+                if owner == self._members.rank:
+                    attempt(partial(add, name, *parts))
+            self._members.agreed(finish, _OUTCOME)
         except BaseException:
             if writer is not None:
                 writer.abort()

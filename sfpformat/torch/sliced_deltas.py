@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from types import EllipsisType
 from typing import Any, TypeAlias
 
@@ -13,82 +16,94 @@ from ..deltas.applying import uninterrupted
 from ..deltas.reading import Delta
 from ..deltas.slices import Slice, apply_to_slices
 from ..errors import OptionError
+from ..io.source import Readable
 from ..names import listed, quoted, require_mapping, unmatched
+from .delta_models import copy_back, elements_of, state_of, without_other_names
+from .groups import Group, is_distributed
 from .overlaps import is_written, require_separate
-from .tensors import Array, address_of, array_of, count_write, memory_of, require_memory, tensor_of
+from .tensors import Array, count_write
 
 # The part of a tensor that a process holds, such as ``np.s_[:, 64:128]``.
 SliceIndex: TypeAlias = slice | EllipsisType | tuple[slice | EllipsisType, ...]
 
 
-def is_distributed(tensor: object) -> bool:
-    """Returns whether a tensor is a DTensor, of which this process holds a part."""
-    return isinstance(tensor, torch.Tensor) and hasattr(tensor, "full_tensor")
+@dataclass(frozen=True)
+class _Held:
+    """The parts that this process holds.
+
+    Attributes:
+        tensors: name -> the part.
+        copied: the parts that are not contiguous in CPU memory; see `elements_of`.
+        slices: the same parts as arrays, with their places.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    copied: dict[str, tuple[Array, torch.Tensor]]
+    slices: dict[str, Slice]
 
 
 def apply_slices(
     target: torch.nn.Module | MutableMapping[str, torch.Tensor],
-    delta: Delta,
+    delta: Readable | Delta,
     slices: Mapping[str, SliceIndex],
     group: Any,
+    options: Mapping[str, Any],
 ) -> DeltaMap:
-    """Applies a delta to the parts of tensors that this process holds; same as `apply_delta`."""
+    """Applies a delta to the parts of tensors that this process holds; same as `apply_delta`.
+
+    Args:
+        target, delta, slices, group: same as for `apply_delta`.
+        options: the other arguments of `Delta`, if it is not open.
+    """
+    members = Group(group)
+    prepared: list[tuple[Delta, _Held]] = []
+    with ExitStack() as stack:
+
+        def prepare() -> None:
+            opened = delta if isinstance(delta, Delta) else stack.enter_context(Delta(delta, **options))
+            opened.require_elements()
+            prepared.append((opened, _held_by(target, opened.map, slices)))
+
+        members.agreed(prepare, "nothing was changed")
+        opened, held = prepared[0]
+        found = apply_to_slices(held.slices, opened, members.exchange, members.rank)
+        uninterrupted(partial(copy_back, held.copied, found))
+    for tensor in found.tensors:
+        if is_written(tensor, held.tensors):
+            count_write(held.tensors[tensor.name])
+    return found
+
+
+def _held_by(
+    target: torch.nn.Module | MutableMapping[str, torch.Tensor],
+    delta: DeltaMap,
+    slices: Mapping[str, SliceIndex],
+) -> _Held:
+    """Returns the parts that this process holds.
+
+    Raises:
+        OptionError: they do not fit the delta, have no memory of their own, or overlap.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in delta.tensors}
     if isinstance(target, torch.nn.Module):
-        state: Mapping[str, torch.Tensor] = dict(target.state_dict(keep_vars=True))
+        state: Mapping[str, torch.Tensor] = state_of(target)
     else:
         require_mapping(target, "target")
         state = target
     for name in slices:
         if name not in state:
             raise OptionError(f"slices: {unmatched(name, state)}")
-    shapes = {tensor.name: tensor.shape for tensor in delta.map.tensors}
-    held = {name: _part_of(name, tensor, slices.get(name), shapes) for name, tensor in state.items()}
-    if isinstance(target, torch.nn.Module):  # a tied tensor needs only one of its names
-        places = {address_of(held[name][0]) for name in shapes if name in held}
-        held = {n: part for n, part in held.items() if n in shapes or address_of(part[0]) not in places}
-    locals_ = {name: local for name, (local, _, _) in held.items()}
-    require_separate(locals_, delta.map)
+    if isinstance(target, torch.nn.Module):
+        state = without_other_names(state, shapes)
+    places = {name: _part_of(name, tensor, slices.get(name), shapes) for name, tensor in state.items()}
+    tensors = {name: local for name, (local, _, _) in places.items()}
+    require_separate(tensors, delta)
     copied: dict[str, tuple[Array, torch.Tensor]] = {}
     parts = {
-        name: Slice(_array(name, local, copied), shape, start) for name, (local, shape, start) in held.items()
+        name: Slice(elements_of(name, local, copied), shape, start)
+        for name, (local, shape, start) in places.items()
     }
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank(group) if distributed else 0
-    if rank < 0:
-        raise OptionError("this process is not a member of group")
-
-    def exchange(payload: object) -> list[Any]:
-        if not distributed:
-            return [payload]
-        received: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(received, payload, group=group)
-        return received
-
-    found = apply_to_slices(parts, delta, exchange, rank)
-
-    def finish() -> None:
-        changed = {tensor.name for tensor in found.tensors if tensor.kind != "unchanged"}
-        with torch.no_grad():
-            for name, (array, tensor) in copied.items():
-                if name in changed:
-                    tensor.copy_(tensor_of(array))
-
-    uninterrupted(finish)
-    for tensor in found.tensors:
-        if is_written(tensor, locals_):
-            count_write(locals_[tensor.name])
-    return found
-
-
-def _array(name: str, tensor: torch.Tensor, copied: dict[str, tuple[Array, torch.Tensor]]) -> Array:
-    """Returns the elements of a part. Adds it to ``copied`` if they are not the tensor's memory."""
-    require_memory(tensor, f"tensor {name!r}")
-    array = array_of(tensor, name)
-    if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous():
-        return memory_of(tensor)
-    array = array.copy()
-    copied[name] = array, tensor
-    return array
+    return _Held(tensors, copied, parts)
 
 
 def _part_of(

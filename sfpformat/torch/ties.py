@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -84,6 +84,11 @@ class TiedNames:
     def by_kept(self, given: Mapping[str, T] | None, argument: str) -> dict[str, T]:
         """Returns the same values as `one_each`, under the names that `save_model` writes."""
         return {self.kept(name): value for name, value in self.one_each(given, argument).items()}
+
+
+def aliases_in(metadata: Mapping[str, str], names: Container[str]) -> dict[str, str]:
+    """Returns the other names of tied tensors from the metadata of a file: other name -> kept name."""
+    return {name: kept for name, kept in metadata.items() if kept in names and name not in names}
 
 
 def _same(one: Any, other: Any) -> bool:

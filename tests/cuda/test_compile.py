@@ -246,7 +246,7 @@ def test_allocations_copies_and_launches_call_cuda_core(monkeypatch: pytest.Monk
     device.copy(1, 2, 3)
     device.copy(1, 2, 0)
     assert [call for call in said if call[0] == "copy"] == [("copy", 1, 2, 3, 77)]
-    with pytest.raises(RuntimeError, match="a copy of 64 bytes failed"):
+    with pytest.raises(EngineError, match="a copy of 64 bytes failed"):
         device.copy(1, 2, 64)
     for given in ([1 << 40, 2], [7, 8]):
         device.launch("any_4", 5, given)
@@ -255,8 +255,20 @@ def test_allocations_copies_and_launches_call_cuda_core(monkeypatch: pytest.Monk
         ("launch", 900, 5, 1, 1, 128, 1, 1, 0, 77, [7, 8], 0),
     ]
     assert said.count(("sm_90.get_kernel", "any_4")) == 1
-    with pytest.raises(RuntimeError, match="a launch of any_4 failed"):
+    with pytest.raises(EngineError, match="a launch of any_4 failed"):
         device.launch("any_4", 1 << 31, [1, 2])
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise ValueError("CUDA_ERROR_OUT_OF_MEMORY:\n  no memory")  # the driver's class is not public
+
+    for call, words in (("Device()", "on the device"), ("LegacyPinnedMemoryResource()", "of pinned memory")):
+        with monkeypatch.context() as patch:
+            patch.setitem(gives, f"core.{call}.allocate", out_of_memory)
+            allocate = device.allocate if call == "Device()" else device.pin
+            with pytest.raises(
+                EngineError, match=f"100 bytes {words} failed: CUDA_ERROR_OUT_OF_MEMORY: no memory"
+            ):
+                allocate(100)
     device.mark().wait()
     assert said[-2:] == [
         ("core.Device().create_stream().record",),

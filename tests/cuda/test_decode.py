@@ -21,7 +21,7 @@ from kernels.tools import inputs, shim
 from sfpformat import PRESETS, Exact, Options, Table, Uniform
 from sfpformat.engines import translation
 from sfpformat.engines.cuda import driver, kernel_source, layout, pinned_loading, work
-from sfpformat.engines.cuda.changes import sum_tables
+from sfpformat.engines.cuda.change_checksums import sum_tables
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 

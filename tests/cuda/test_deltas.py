@@ -163,7 +163,7 @@ def test_checksums_are_those_of_zlib(elements: int, item: int, seed: int) -> Non
 
 
 def test_long_tensors_are_divided_for_their_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "_MOST_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(changes, "MOST_ELEMENTS", 1 << 13)
     monkeypatch.setattr(changes, "_MOST_TILES", 3)
     device, data = shim.HostDevice(), np.random.default_rng(0).bytes(70_001)
     memory = device.allocate(len(data))

@@ -31,8 +31,8 @@ from sfpformat import (
 from sfpformat.container.delta_map import DeltaMap
 from sfpformat.decode.parts import Parts, parts_of
 from sfpformat.decode.reader import SfpFile
+from sfpformat.deltas.chains import open_chain
 from sfpformat.deltas.parts import separator_for
-from sfpformat.deltas.result import open_chain
 from sfpformat.encode.sink import MemorySink
 from sfpformat.engines import available
 

@@ -37,10 +37,10 @@ from sfpformat.decode.reader import SfpFile
 from sfpformat.decode.selection import Selection
 from sfpformat.deltas import applying, journal, writing
 from sfpformat.deltas.applying import uninterrupted
+from sfpformat.deltas.chains import open_chain
 from sfpformat.deltas.checksums import checksum_of
 from sfpformat.deltas.journal import Journal
 from sfpformat.deltas.reading import PoolChanges
-from sfpformat.deltas.result import open_chain
 from sfpformat.deltas.tensors import ArrayTensors
 from sfpformat.dtypes import DTYPES, of_numpy
 from sfpformat.encode.sink import MemorySink

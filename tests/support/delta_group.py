@@ -7,20 +7,18 @@ or the words of its error and whether the part is unchanged.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfpformat.errors import SfpError
 from sfpformat.torch import apply_delta, write_delta
+
+from .process_group import run_group
 
 WORLDS = (2, 4)
 
@@ -96,12 +94,14 @@ def scenarios(rank: int, world: int, folder: Path) -> dict[str, Any]:
     delta = folder / "d.sfp"
     found: dict[str, Any] = {}
 
-    def attempt(name: str, target: Any, expected: Mapping[str, Tensor], slices: Any = None) -> None:
+    def attempt(
+        name: str, target: Any, expected: Mapping[str, Tensor], slices: Any = None, path: Path = delta
+    ) -> None:
         state = target.state_dict if isinstance(target, nn.Module) else lambda: target
         before = local(state())
         try:
-            apply_delta(target, delta, slices=slices)
-        except SfpError as error:
+            apply_delta(target, path, slices=slices)
+        except (SfpError, OSError) as error:
             found[name] = [f"{type(error).__name__}: {error}", same(local(state()), before)]
             return
         found[name] = [same(local(state()), expected), not same(before, expected)]
@@ -146,16 +146,10 @@ def scenarios(rank: int, world: int, folder: Path) -> dict[str, Any]:
         bad = {**slices, "model.layers.0.mlp.up_proj.weight": index}
         attempt(f"wrong {name}", cut(made()), {}, bad)
     attempt("unknown name", cut(made()), {}, {"unknown": slice(0, 1)})
+    last = rank == world - 1
+    attempt("one process: unknown name", cut(made()), {}, {"unknown": slice(0, 1)} if last else slices)
+    attempt("one process: no file", cut(made()), {}, slices, folder / "none.sfp" if last else delta)
     return found
-
-
-def child(rank: int, world: int, folder: Path) -> None:
-    """Joins the group, and runs the scenarios."""
-    stores: Any = dist  # torch's own types leave the stores out
-    store = stores.FileStore(str(folder / f"store-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    (folder / f"{world}-{rank}.json").write_text(json.dumps(scenarios(rank, world, folder)))
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -164,22 +158,11 @@ def main() -> None:
     torch.set_num_threads(1)
     write_delta(folder / "d.sfp", made(), stepped(made()), block=5000)
     for world in WORLDS:
-        children = []
-        for rank in range(world):
-            process = os.fork()
-            if not process:
-                code = 1
-                try:
-                    child(rank, world, folder)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(process)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children]
-        assert not any(codes), codes
+
+        def work(rank: int, world: int = world) -> None:
+            (folder / f"{world}-{rank}.json").write_text(json.dumps(scenarios(rank, world, folder)))
+
+        run_group(world, folder, work)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ of its error. ``FOLDER/whole.pt`` has the results of this process alone, with th
 from __future__ import annotations
 
 import copy
-import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ from sfpformat.pruning import (
     wanda,
 )
 
+from .process_group import run_group
 from .pruning_nets import WIDTH
 
 WORLDS = (2, 4)
@@ -187,13 +185,10 @@ def whole(value: Any) -> Any:
 
 
 def child(rank: int, world: int, folder: Path) -> None:
-    """Joins the group, shards the model and runs the scenarios."""
+    """Shards the model and runs the scenarios."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    stores: Any = dist  # torch's own types leave the stores out
-    store = stores.FileStore(str(folder / f"store-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     net, batches = made()
     mesh = init_device_mesh("cpu", (world,))
     shard: Any = fully_shard
@@ -201,7 +196,6 @@ def child(rank: int, world: int, folder: Path) -> None:
         shard(part, mesh=mesh)
     shard(net, mesh=mesh)  # the others belong to the outermost module
     torch.save(results(net, batches, dist.group.WORLD, folder), folder / f"{world}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -211,22 +205,7 @@ def main() -> None:
     net, batches = made()
     torch.save(results(copy.deepcopy(net), batches, None, folder), folder / "whole.pt")
     for world in WORLDS:
-        children = []
-        for rank in range(world):
-            process = os.fork()
-            if not process:
-                code = 1
-                try:
-                    child(rank, world, folder)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(process)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children]
-        assert not any(codes), codes
+        run_group(world, folder, partial(child, world=world, folder=folder))
 
 
 if __name__ == "__main__":

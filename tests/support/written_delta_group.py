@@ -9,11 +9,8 @@ wrong call.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ from torch import Tensor, nn
 from sfpformat.container.delta_map import DeltaMap
 from sfpformat.errors import SfpError
 from sfpformat.torch import apply_delta, save_file, write_delta
+
+from .process_group import run_group
 
 WORLD = 2
 
@@ -124,35 +123,15 @@ def scenarios(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def child(rank: int, folder: Path) -> None:
-    """Joins the group, and runs the scenarios."""
-    stores: Any = dist  # torch's own types leave the stores out
-    store = stores.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    (folder / f"{rank}.json").write_text(json.dumps(scenarios(rank, folder)))
-    dist.destroy_process_group()
-
-
 def main() -> None:
     """The command."""
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    children = []
-    for rank in range(WORLD):
-        process = os.fork()
-        if not process:
-            code = 1
-            try:
-                child(rank, folder)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(process)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children]
-    assert not any(codes), codes
+
+    def work(rank: int) -> None:
+        (folder / f"{rank}.json").write_text(json.dumps(scenarios(rank, folder)))
+
+    run_group(WORLD, folder, work)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import importlib.metadata
 import importlib.util
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from ...coding.bits import Bytes, as_bytes
+from ...errors import EngineError
 from . import layout
 from .device import Mark
 from .kernel_source import source
@@ -91,6 +93,15 @@ def compile_for(arch: str) -> Any:
         return program.compile("cubin")
 
 
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Raises EngineError for an exception of cuda-core, whose classes are not public."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"{what} failed: {' '.join(str(error).split())}") from error
+
+
 @dataclass(frozen=True)
 class _Memory:
     address: int
@@ -109,7 +120,8 @@ class _Mark:
     event: Any
 
     def wait(self) -> None:
-        self.event.sync()
+        with _reported("work on the device"):
+            self.event.sync()
 
 
 def pointers_to(values: ctypes.Array[ctypes.c_uint64]) -> ctypes.Array[ctypes.c_void_p]:
@@ -153,12 +165,17 @@ class CudaDevice:
         Args:
             number: the number of the device.
             stream: the handle of a foreign stream, such as torch's; None creates a new stream.
+
+        Raises:
+            EngineError: a call of CUDA failed, as in all functions of this class.
         """
         self._core = importlib.import_module("cuda.core")
         self._driver = importlib.import_module("cuda.bindings.driver")
-        self._device = self._core.Device(number)
-        self._device.set_current()
-        self._stream = self._device.create_stream(None if stream is None else _Stream(stream or _LEGACY))
+        with _reported(f"the start of CUDA device {number}"):
+            self._device = self._core.Device(number)
+            self._device.set_current()
+            foreign = None if stream is None else _Stream(stream or _LEGACY)
+            self._stream = self._device.create_stream(foreign)
         self._handle = self._stream.handle
         self._good = self._driver.CUresult.CUDA_SUCCESS
         self._kernels: dict[str, _Kernel] = {}
@@ -167,12 +184,14 @@ class CudaDevice:
 
     def allocate(self, size: int) -> _Memory:
         """Implements `Device`."""
-        buffer = self._device.allocate(max(size, 1), stream=self._stream)
+        with _reported(f"an allocation of {size} bytes on the device"):
+            buffer = self._device.allocate(max(size, 1), stream=self._stream)
         return _Memory(int(buffer.handle), buffer)
 
     def pin(self, size: int) -> _HostMemory:
         """Implements `Device`."""
-        buffer = self._pinned.allocate(max(size, 1))
+        with _reported(f"an allocation of {size} bytes of pinned memory"):
+            buffer = self._pinned.allocate(max(size, 1))
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(int(buffer.handle))
         return _HostMemory(int(buffer.handle), as_bytes(memoryview(memory).cast("B")), buffer)
 
@@ -181,7 +200,7 @@ class CudaDevice:
         if size:
             (error,) = self._driver.cuMemcpyAsync(to, source, size, self._handle)
             if error != self._good:
-                raise RuntimeError(f"a copy of {size} bytes failed: {error!r}")
+                raise EngineError(f"a copy of {size} bytes failed: {error!r}")
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
         """Implements `Device`."""
@@ -195,16 +214,18 @@ class CudaDevice:
             own.function, blocks, 1, 1, layout.THREADS, 1, 1, 0, self._handle, own.addresses, 0
         )
         if error != self._good:
-            raise RuntimeError(f"a launch of {kernel} failed: {error!r}")
+            raise EngineError(f"a launch of {kernel} failed: {error!r}")
 
     def mark(self) -> _Mark:
         """Implements `Device`."""
-        return _Mark(self._stream.record())
+        with _reported("work on the device"):
+            return _Mark(self._stream.record())
 
     def wait_for(self, mark: Mark) -> None:
         """Implements `Device`."""
         assert isinstance(mark, _Mark)
-        self._stream.wait(mark.event)
+        with _reported("work on the device"):
+            self._stream.wait(mark.event)
 
 
 _programs: dict[int, Any] = {}

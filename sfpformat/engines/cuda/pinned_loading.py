@@ -25,20 +25,20 @@ _MOST_COPYING = 8  # threads that copy to pinned memory; more do not raise the b
 
 @dataclass
 class _Slot:
-    """Pinned memory and the batch that uses it. Implements `interface.Pending`."""
+    """Pinned memory and the batch that uses it. Implements `device_interface.Pending`."""
 
     staging: HostMemory | None = None
     running: Running | None = None
 
     def good(self) -> list[bool]:
-        """Implements `interface.Pending`."""
+        """Implements `device_interface.Pending`."""
         assert self.running is not None
         running, self.running = self.running, None
         return running.good()
 
 
 class Queue:
-    """A queue on the caller's stream, and one for copies. Implements `interface.DeviceQueue`.
+    """A queue on the caller's stream, and one for copies. Implements `device_interface.DeviceQueue`.
 
     Attributes:
         depth: number of pinned buffers: for the batches that are being read, copied and decoded.
@@ -65,11 +65,11 @@ class Queue:
         return self._open_copying()
 
     def prepare(self, recipes: Sequence[Recipe]) -> None:
-        """Implements `interface.DeviceQueue`."""
+        """Implements `device_interface.DeviceQueue`."""
         self.recipes.load(recipes)
 
     def start_runs(self, runs: Sequence[Run[int]], threads: int) -> _Slot:
-        """Implements `interface.DeviceQueue`."""
+        """Implements `device_interface.DeviceQueue`."""
         slot = self._slots[self._turn % self.depth]
         assert slot.running is None, "more batches are pending than there are buffers"
         plan = plan_batch([task_of(run, self.recipes, run.out) for run in runs])
@@ -82,7 +82,7 @@ class Queue:
         return slot
 
     def abandon(self) -> None:
-        """Implements `interface.DeviceQueue`."""
+        """Implements `device_interface.DeviceQueue`."""
         self._copying.mark().wait()
         self.device.mark().wait()
         self._slots = [_Slot() for _ in range(self.depth)]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...container.entry import TensorEntry
-from ..interface import Operands, ResidentRun
+from ..device_interface import Operands, ResidentRun
 from . import layout
 from .batch import OnDevice, Places, Plan, Task, launch, plan_batch
 from .device import Device, Memory

@@ -18,7 +18,7 @@ from ...deltas.reading import Delta
 from ...deltas.result import DeltaFile
 from ...errors import OptionError
 from ...io.paths import is_index
-from ..deltas import Source
+from ..delta_models import Source
 from ..tensors import Array, tensor_of
 from .sender import aliases_in, copied_base, numbered
 

@@ -16,9 +16,9 @@ from ...deltas.writing import DeltaWriter
 from ...encode.writer import Writer
 from ...errors import OptionError
 from ...names import quoted, unmatched
-from ..deltas import Source, arrays_of, state_of
+from ..delta_models import Source, arrays_of, state_of
 from ..tensors import Array, array_of
-from ..ties import TiedNames
+from ..ties import TiedNames, aliases_in
 
 _FILE = re.compile(r"weights-(\d{8})\.sfp(\.index\.json)?")
 
@@ -93,11 +93,6 @@ def _aliases_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Returns each other name of tied weights -> the first one in alphabetical order."""
     tied = TiedNames(tensors)
     return {name: tied.kept(name) for name in tensors if tied.kept(name) != name}
-
-
-def aliases_in(metadata: Mapping[str, str], arrays: Mapping[str, Array]) -> dict[str, str]:
-    """Returns the other names of tied weights from the metadata of a file: other name -> kept name."""
-    return {name: kept for name, kept in metadata.items() if kept in arrays and name not in arrays}
 
 
 class DeltaSender:

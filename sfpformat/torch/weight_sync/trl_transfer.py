@@ -14,7 +14,7 @@ import torch
 
 from ...errors import MismatchError
 from ...names import listed
-from ..deltas import Source
+from ..delta_models import Source
 from .sender import DeltaSender
 from .versions import version_of
 
