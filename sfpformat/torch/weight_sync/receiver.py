@@ -20,7 +20,8 @@ from ...errors import OptionError
 from ...io.paths import is_index
 from ..delta_models import Source
 from ..tensors import Array, tensor_of
-from .sender import aliases_in, copied_base, numbered
+from ..ties import aliases_in
+from .sender import copied_base, numbered
 
 
 @dataclass(frozen=True)
