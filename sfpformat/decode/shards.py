@@ -89,6 +89,20 @@ class ShardIndex:
     metadata: dict[str, object]
     listed: tuple[str, ...] = ()
 
+    @classmethod
+    def of_files(cls, names: Mapping[str, Iterable[str]], total_size: int) -> ShardIndex:
+        """Returns the index of files, which lists those without tensors, too.
+
+        Args:
+            names: file name -> names of its tensors.
+            total_size: decoded size of all tensors, in bytes.
+        """
+        weight_map = {name: file for file in sorted(names) for name in names[file]}
+        metadata: dict[str, object] = {"total_size": total_size}
+        if set(weight_map.values()) < set(names):
+            metadata["files"] = sorted(names)
+        return cls(weight_map, metadata)
+
     def to_bytes(self) -> bytes:
         """Returns the JSON text, in UTF-8."""
         fields = {"metadata": self.metadata, "weight_map": self.weight_map}

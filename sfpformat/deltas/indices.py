@@ -45,10 +45,10 @@ def index_of(files: Mapping[str, Path], limits: Limits = DEFAULT_LIMITS) -> tupl
                 weight_map[tensor] = name
                 entry = file.entry(tensor)
                 size += math.prod(entry.shape) * entry.dtype.itemsize
-    metadata: dict[str, object] = {"total_size": size}
-    if set(weight_map.values()) < set(files):  # a shard in which nothing changes
-        metadata["files"] = sorted(files)
-    return ShardIndex(weight_map, metadata).to_bytes(), joined_map(maps)
+    names: dict[str, list[str]] = {name: [] for name in files}  # some have none: nothing changes there
+    for tensor, name in weight_map.items():
+        names[name].append(tensor)
+    return ShardIndex.of_files(names, size).to_bytes(), joined_map(maps)
 
 
 def rename_with_index(
