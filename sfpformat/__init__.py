@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, BinaryIO, overload
 
 from .decode.opening import open_any
-from .decode.reader import SfpFile, SfpSlice
+from .decode.reader import SfpFile
+from .decode.slices import SfpSlice
 from .decode.tensor_info import TensorInfo
 from .decode.validate import Report, validate
 from .errors import (
@@ -23,11 +23,13 @@ from .errors import (
     OptionError,
     PartlyChangedError,
     ProcessError,
+    RemoteError,
     SfpError,
     SfpWarning,
     UnknownPresetError,
     UnsupportedError,
 )
+from .io.paths import AnyPath
 from .io.source import Buffer, Readable
 from .limits import DEFAULT_LIMITS, Limits
 from .options import PRESETS, Exact, ImportanceOptions, Lossless, Options, Table, Uniform
@@ -83,6 +85,7 @@ __all__ = [
     "Options",
     "PartlyChangedError",
     "ProcessError",
+    "RemoteError",
     "Report",
     "SfpError",
     "SfpFile",
@@ -126,7 +129,7 @@ def open(
 
 @overload
 def open(
-    readable: str | os.PathLike[str],
+    readable: AnyPath,
     *,
     limits: Limits = ...,
     engine: str | None = ...,
@@ -147,8 +150,10 @@ def open(
     ``with sfpformat.open("model.sfp") as file: array = file.get_tensor("w")``
 
     Args:
-        readable: the path of a file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has
-            exactly one of these; or bytes, an mmap, or any seekable binary object.
+        readable: the path or URL of a file, of the ``.sfp.index.json`` of a model in shards, or of a folder
+            that has exactly one of these; or bytes, an mmap, any seekable binary object, or what
+            ``fsspec.open`` returns. URLs, such as ``"https://…"``, ``"s3://…"`` or ``"hf://org/repo@rev/file"``,
+            need the extra ``remote`` or ``hub``; only the needed ranges are fetched, concurrently.
         base: opens a delta with its base, and gives the tensors of the result. The base is as for
             `write_delta`, or the result of another delta. None opens a model.
         limits: limits of the reader, which refuses a file that exceeds one.
@@ -165,6 +170,7 @@ def open(
             has no base, or a model has one.
         EngineError: the engine is unknown or not available.
         SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
+        RemoteError: a server fails, ignores ranges, or the file has changed since it was opened.
         OSError: the file cannot be read.
     """
     if base is not None:

@@ -153,6 +153,10 @@ class PartlyChangedError(SfpError, RuntimeError):
         super().__init__(detail)
 
 
+class RemoteError(SfpError, OSError):
+    """A server does not give the bytes of a file: it fails, ignores ranges, or the file has changed."""
+
+
 class EngineError(SfpError, RuntimeError):
     """The requested engine is not available on this machine, or its device failed. The message says why."""
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .coding.mask import Mask
 from .decode.opening import open_any
 from .dtypes import of_numpy
+from .io.paths import AnyPath
 from .io.source import Buffer
 from .limits import DEFAULT_LIMITS, Limits
 from .names import checked_by_name, require_mapping
@@ -96,7 +97,7 @@ def save(
 
 
 def load_file(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
@@ -107,8 +108,8 @@ def load_file(
     ``tensors = load_file("model.sfp")``
 
     Args:
-        path: the path of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has
-            exactly one of these.
+        path: the path or URL of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder
+            that has exactly one of these; or what ``fsspec.open`` returns.
         limits, threads, engine: same as for `sfpformat.open`.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decode.shards import ShardIndex, index_name, shard_name
+from ..decode.shard_index import ShardIndex, index_name, shard_name
 from ..encode.writer import Writer
 from ..io.atomic import ReplacedTogether, replacing
 from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors

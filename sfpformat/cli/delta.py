@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..container.delta_map import DeltaMap
-from ..decode.shards import index_name, shard_name
+from ..decode.shard_index import index_name, shard_name
 from ..deltas.indices import rename_with_index
 from ..deltas.writing import DeltaWriter
 from ..io.atomic import AtomicFile

@@ -17,7 +17,7 @@ from ..container.delta_parts import PARTS, part_name
 from ..decode.delta_maps import joined_map, require_one_kind
 from ..decode.parts import Parts
 from ..decode.selection import Selection
-from ..decode.shards import ShardIndex
+from ..decode.shard_index import ShardIndex
 from ..decode.validate import validate
 from ..deltas.chains import open_chain
 from ..deltas.comparing import add_from
@@ -26,7 +26,7 @@ from ..deltas.result import DeltaFile
 from ..deltas.tensors import Spec, Tensors
 from ..deltas.writing import DeltaWriter
 from ..errors import FileFault
-from ..io.paths import is_index, model_path
+from ..io.paths import file_path, is_index, model_path
 from ..io.safetensors import SubByte, TensorSpec
 from ..limits import Limits
 from .console import Progress, progress
@@ -114,12 +114,13 @@ def opened_chain(args: argparse.Namespace) -> Iterator[Chain]:
 
 
 def paths_of(deltas: Iterable[str | Path]) -> list[Path]:
-    """Returns the paths of the files of deltas that were opened: with an index, also those of its shards."""
+    """Returns the paths of the local files of deltas: with an index, also those of its shards."""
     out: list[Path] = []
     for path in map(model_path, deltas):
-        out.append(path)
-        if is_index(path):
-            out += [path.parent / name for name in ShardIndex.read(path).files()]
+        if isinstance(path, Path):
+            out.append(path)
+            if is_index(path):
+                out += [path.parent / name for name in ShardIndex.read(path).files()]
     return out
 
 
@@ -178,7 +179,7 @@ def open_result(base: Model, paths: Sequence[str], limits: Limits) -> DeltaFile:
             if not is_delta(model):
                 raise CommandError(f"{path}: is a model, not a delta; name the base first, then the deltas")
     with chain_in_errors(base, paths, limits):
-        return open_chain(ModelTensors(base), [Path(path) for path in paths], limits=limits)
+        return open_chain(ModelTensors(base), [file_path(path) for path in paths], limits=limits)
 
 
 @contextmanager

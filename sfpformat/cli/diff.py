@@ -205,7 +205,8 @@ def run(args: argparse.Namespace) -> int:
         only_a = [name for name in a.specs if name not in b.specs]
         only_b = [name for name in b.specs if name not in a.specs]
         differences = []
-        with progress(sum(a.specs[name].nbytes for name in common), "compare") as shown:
+        size = sum(a.specs[name].nbytes for name in common)
+        with a.ahead(common), given.ahead(common if b is given else ()), progress(size, "compare") as shown:
             for name in common:
                 shown.at(name)
                 differences.append(_compare_tensor(name, a, b))

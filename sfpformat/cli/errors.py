@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FileFault, SfpError
+from ..errors import FileFault, RemoteError, SfpError
+from ..io.paths import file_path
+from ..io.remote.location import Location, is_url
 from ..io.safetensors import SafetensorsError
 from .foreign import HEAD_BYTES, describe_file, is_like_safetensors
 
-PathLike = str | os.PathLike[str]
+PathLike = str | os.PathLike[str] | Location
 
 
 class CommandError(Exception):
@@ -46,11 +48,13 @@ def path_in_errors(path: PathLike) -> Iterator[None]:
     try:
         yield
     except SfpError as error:
+        if isinstance(error, RemoteError):  # it names the file
+            raise CommandError(str(error)) from error
         words = other_kind(path, error)
         raise CommandError(f"{path}: {error}" if words is None else f"{path}: is {words}") from error
     except OSError as error:
         if error.filename is None:
-            error.filename = os.fspath(path)
+            error.filename = str(path)
         raise
 
 
@@ -61,6 +65,8 @@ def other_kind(path: PathLike, error: SfpError) -> str | None:
         path: the file.
         error: the error that refused it.
     """
+    if isinstance(path, Location) or is_url(path):
+        return None
     path = Path(path)
     is_about_it = isinstance(error, SafetensorsError) or (
         isinstance(error, FileFault) and error.code in ("E_MAGIC", "E_TRUNCATED")
@@ -77,13 +83,27 @@ def other_kind(path: PathLike, error: SfpError) -> str | None:
         return None
 
 
+def local_path(path: PathLike, what: str) -> Path:
+    """Returns a path on this machine.
+
+    Raises:
+        CommandError: it is a URL.
+    """
+    found = file_path(path)
+    if isinstance(found, Location):
+        raise CommandError(f"{found}: {what} reads files on this machine only; download the file first")
+    return found
+
+
 def require_file(path: PathLike) -> None:
-    """Checks that a path is a regular file, which supports random access, and not a pipe, device or folder.
+    """Checks that a path is a regular file, and not a pipe, device or folder. A file behind a URL passes.
 
     Raises:
         CommandError: it is not a regular file.
         OSError: it does not exist, or cannot be accessed.
     """
+    if isinstance(path, Location):
+        return
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise CommandError(f"{path}: not a regular file (a folder, pipe or device)")
 
@@ -97,7 +117,7 @@ _OTHER_KINDS = (
 )
 
 
-def require_suffix(target: PathLike, *suffixes: str, what: str) -> None:
+def require_suffix(target: str | os.PathLike[str], *suffixes: str, what: str) -> None:
     """Checks that the name of an output file has the right suffix. Devices may have any name.
 
     Args:
@@ -125,7 +145,7 @@ def require_suffix(target: PathLike, *suffixes: str, what: str) -> None:
         raise CommandError(f"{path}: {what} writes {right}; name it {path.with_name(name + suffixes[0])}")
 
 
-def checked_target(target: PathLike, sources: list[Path]) -> Path:
+def checked_target(target: str | os.PathLike[str], sources: list[Path]) -> Path:
     """Returns the path of an output file with links resolved.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 from ..container.preamble import MAJOR
@@ -84,8 +85,10 @@ def run(args: argparse.Namespace) -> int:
 def report_model(model: Model) -> list[TensorReport]:
     """Returns the reports of all tensors."""
     out = []
-    for name in model.specs:
-        with path_in_errors(model.path):
+    with ExitStack() as stack, path_in_errors(model.path):
+        for file_name, file in model.files.items():
+            stack.enter_context(file.heads_ahead(model.names_in(file_name)))
+        for name in model.specs:
             out.append(report_tensor(model.file_of(name), name))
     return out
 

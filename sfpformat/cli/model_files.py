@@ -6,7 +6,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from ..container.preamble import MAGIC
 from ..decode.parts import Parts, parts_of
 from ..decode.reader import SfpFile
 from ..decode.selection import Selection
-from ..decode.shards import ShardedFile, ShardIndex
+from ..decode.shard_index import ShardIndex
+from ..decode.shards import ShardedFile
 from ..deltas.tensors import selected, selected_of_safetensors
 from ..errors import SfpWarning
 from ..io.closing import Closing
-from ..io.paths import INDEX_SUFFIX, models_in
+from ..io.paths import INDEX_SUFFIX, FilePath, file_path, file_size, model_path, models_in
+from ..io.remote.ahead import ReadAhead
+from ..io.remote.location import Location
 from ..io.safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
-from .errors import CommandError, PathLike, path_in_errors, require_file
+from .errors import CommandError, PathLike, local_path, path_in_errors, require_file
 from .foreign import HEAD_BYTES, describe, describe_file, is_like_safetensors
 
 # The entry key that stores the original dtype of a tensor whose dtype only safetensors has.
@@ -51,7 +54,7 @@ class Model(Closing):
 
     def __init__(
         self,
-        path: Path,
+        path: FilePath,
         *,
         strict_index: bool = False,
         deltas: bool = False,
@@ -62,13 +65,13 @@ class Model(Closing):
         If an index of safetensors contradicts its files, follows the index and warns (`SfpWarning`).
 
         Args:
-            path: path of the file or index.
+            path: path of the file or index, or the location of an `.sfp` file or its index.
             strict_index: whether an index that contradicts its files is an error.
             deltas: whether to open a delta; its tensors are those that it stores.
             limits: limits on what an `.sfp` file may claim.
 
         Raises:
-            CommandError: the file is not a model, or is damaged.
+            CommandError: the file is not a model, or is damaged; or it is remote and not an `.sfp` file.
             OSError: the file cannot be read.
         """
         self._deltas = deltas
@@ -96,13 +99,12 @@ class Model(Closing):
                     self._file_of[spec.name] = file_name
 
     def _open_one(self) -> str:
+        if isinstance(self.path, Location):
+            return self._open_sfp()
         with self.path.open("rb") as file:
             start = file.read(HEAD_BYTES)
         if start.startswith(MAGIC[:4]) or self.path.suffix == ".sfp":
-            opened = self._stack.enter_context(SfpFile(self.path, limits=self._limits))
-            self._require_kind(opened)
-            self.files[self.path.name] = opened
-            return "sfp"
+            return self._open_sfp()
         if not is_like_safetensors(start) and self.path.suffix != ".safetensors":
             words = describe(start, self.path.name, self.path.stat().st_size)
             raise CommandError(
@@ -110,6 +112,14 @@ class Model(Closing):
             )
         self.files[self.path.name] = self._stack.enter_context(SafetensorsFile(self.path))
         return "safetensors"
+
+    def _open_sfp(self) -> str:
+        if self.path.suffix == ".safetensors":
+            local_path(self.path, "a safetensors file: 'sfp'")
+        opened = self._stack.enter_context(SfpFile(self.path, limits=self._limits))
+        self._require_kind(opened)
+        self.files[self.path.name] = opened
+        return "sfp"
 
     def _require_kind(self, file: SfpFile) -> None:
         """Raises CommandError for a delta, unless the caller accepts deltas."""
@@ -127,24 +137,26 @@ class Model(Closing):
             for file in shards.files.values():
                 self._require_kind(file)
             return "sfp"
+        folder = local_path(self.path, "an index of safetensors files: 'sfp'").parent
         for name in names:
-            shard = self.path.parent / name
-            _require_below(shard.parent, self.path.parent)
+            shard = folder / name
+            _require_below(shard.parent, folder)
             with path_in_errors(shard):
                 self.files[name] = self._stack.enter_context(SafetensorsFile(shard))
         found = {name: file.header.tensors for name, file in self.files.items()}
         wrong = index.misplaced(found) if self.strict_index else None
         if wrong is not None:
             raise SafetensorsError(f"tensor {quoted(wrong[0])}: {wrong[1]}")
-        self._apply_index(index, found)
+        self._apply_index(index, found, folder)
         return "safetensors"
 
-    def _apply_index(self, index: ShardIndex, found: Mapping[str, Iterable[str]]) -> None:
+    def _apply_index(self, index: ShardIndex, found: Mapping[str, Iterable[str]], folder: Path) -> None:
         """Assigns each tensor to the file that the index names, and warns of contradictions.
 
         Args:
             index: the index.
             found: file name -> names of its tensors.
+            folder: the folder of the index.
 
         Raises:
             SafetensorsError: the files have none of the listed tensors, or a strict index omits a shard.
@@ -152,7 +164,7 @@ class Model(Closing):
         placement = index.placed(found)
         if index.weight_map and not placement.files:
             raise SafetensorsError("the files contain none of the tensors that the index lists")
-        forgotten = _unlisted_shards(self.path.parent, found)
+        forgotten = _unlisted_shards(folder, found)
         if self.strict_index and forgotten:
             raise SafetensorsError(f"the index does not name the file {forgotten[0]!r}")
         disagreements = placement.disagreements()
@@ -179,11 +191,20 @@ class Model(Closing):
     @property
     def stored_bytes(self) -> int:
         """Total size of all files in bytes, without the index."""
-        return sum(os.stat(path).st_size for path in self.paths())
+        return sum(
+            file.preamble.file_length if isinstance(file, SfpFile) else file_size(self._path_of(name))
+            for name, file in self.files.items()
+        )
 
     def paths(self) -> list[Path]:
-        """Returns the paths of the files."""
-        return [self.path.parent / name for name in self.files] if self.sharded else [self.path]
+        """Returns the paths of the files on this machine."""
+        found = map(self._path_of, self.files)
+        return [path for path in found if isinstance(path, Path)]
+
+    def _path_of(self, file_name: str) -> FilePath:
+        if not self.sharded:
+            return self.path
+        return self.path.parent / file_name if isinstance(self.path, Path) else self.path.with_name(file_name)
 
     def names_in(self, file_name: str) -> list[str]:
         """Returns the names of the tensors of one file, in its order."""
@@ -192,6 +213,12 @@ class Model(Closing):
     def file_of(self, name: str) -> Any:
         """Returns the open file that holds a tensor."""
         return self.files[self._file_of[name]]
+
+    def ahead(self, names: Iterable[str]) -> AbstractContextManager[object]:
+        """Context manager that reads tensors of remote files ahead, which will be read in this order."""
+        stored = ((self.file_of(name), self._stored_name.get(name, name)) for name in names)
+        ranges = [one for file, name in stored if isinstance(file, SfpFile) for one in file.unplanned(name)]
+        return ReadAhead(ranges) if ranges else nullcontext()
 
     def metadata_of(self, file_name: str) -> dict[str, str]:
         """Returns the metadata of one file."""
@@ -231,7 +258,7 @@ class Model(Closing):
         """
         file_name = self._file_of[name]
         file = self.files[file_name]
-        with path_in_errors(self.path.parent / file_name):
+        with path_in_errors(self._path_of(file_name)):
             read: Callable[[str], NDArray[np.generic]]
             read = file.get_tensor if isinstance(file, SfpFile) else file.read
             return read(self._stored_name.get(name, name))
@@ -245,7 +272,7 @@ class Model(Closing):
         """
         file_name = self._file_of[name]
         file, stored = self.files[file_name], self._stored_name.get(name, name)
-        with path_in_errors(self.path.parent / file_name):
+        with path_in_errors(self._path_of(file_name)):
             if isinstance(file, SfpFile):
                 return selected(file, stored, selection)
             return selected_of_safetensors(file, stored, selection)
@@ -261,7 +288,7 @@ class Model(Closing):
         file = self.files[file_name]
         if not isinstance(file, SfpFile):
             return None
-        with path_in_errors(self.path.parent / file_name):
+        with path_in_errors(self._path_of(file_name)):
             return parts_of(file, self._stored_name.get(name, name))
 
 
@@ -327,7 +354,7 @@ def open_model(
     """Opens a file, an index, or the only model of a folder.
 
     Args:
-        path: path of the file, index or folder.
+        path: path of the file, index or folder, or the URL of an `.sfp` model.
         kind: the kind to prefer if a folder has both, ``sfp`` or ``safetensors``.
         strict_index, deltas: same as for `Model`.
         limits: limits on what an `.sfp` file may claim.
@@ -336,8 +363,12 @@ def open_model(
         CommandError: it is not a model, or is damaged.
         OSError: it cannot be read.
     """
-    path = Path(path)
-    found = _find_model(path, kind) if path.is_dir() else path
+    with path_in_errors(path):
+        found = file_path(path)
+        if isinstance(found, Location):
+            found = model_path(found)
+    if isinstance(found, Path) and found.is_dir():
+        found = _find_model(found, kind)
     return Model(found, strict_index=strict_index, deltas=deltas, limits=limits)
 
 

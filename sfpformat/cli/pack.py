@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..decode.shards import index_name
+from ..decode.shard_index import index_name
 from ..encode.arguments import is_text, require_name
 from ..encode.pipeline import Pipeline
 from ..encode.weights import Reason, not_weights

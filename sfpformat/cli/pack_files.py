@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
-from ..decode.shards import ShardIndex, index_name, shard_name
+from ..decode.shard_index import ShardIndex, index_name, shard_name
 from ..encode.arguments import Given
 from ..encode.plan import plan_tensor
 from ..encode.resume import ResumableSink

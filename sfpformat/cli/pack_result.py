@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..coding.quantisers import Exact
-from ..decode.shards import index_name
+from ..decode.shard_index import index_name
 from ..encode.weights import Kind, Reason
 from ..names import listed
 from ..pruning.masks import reasons

@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ..decode.opening import open_any
-from ..decode.shards import ShardedFile, index_name, shard_name
+from ..decode.shard_index import index_name, shard_name
+from ..decode.shards import ShardedFile
 from ..errors import SfpError
-from ..io.paths import model_path
+from ..io.paths import local_model
 from ..names import unmatched
 from .console import bytes_words, percent, show_json
-from .errors import CommandError, checked_target, path_in_errors, require_suffix
+from .errors import CommandError, checked_target, local_path, path_in_errors, require_suffix
 from .limit_option import add_limits, limits_of
 from .model_files import open_model
 from .parser import Parser, Subparsers, examples
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     threshold: Threshold | Pattern | Allocation
     threshold = Sparsity(args.sparsity) if args.threshold is None else parse_threshold(args.threshold)
     with path_in_errors(args.source):
-        source = model_path(args.source)
+        source = local_model(local_path(args.source, "'sfp prune'"))
     with open_model(source, limits=limits_of(args.limit)) as model:  # refuses deltas
         if model.kind != "sfp":
             raise CommandError(f"{source}: is a safetensors file; 'sfp pack' converts it to .sfp")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..decode.shards import ShardIndex, index_name, shard_name
+from ..decode.shard_index import ShardIndex, index_name, shard_name
 from ..io.atomic import ReplacedTogether, replacing
 from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..names import unmatched
@@ -110,7 +110,8 @@ def _write_shards(model: Model, chosen: dict[str, TensorSpec], stem: Path, shown
 
 
 def _arrays(model: Model, specs: list[TensorSpec], shown: Progress) -> Iterator[NDArray[np.generic]]:
-    for spec in specs:
-        shown.at(spec.name)
-        yield model.read(spec.name)
-        shown.advance(spec.nbytes)
+    with model.ahead(spec.name for spec in specs):
+        for spec in specs:
+            shown.at(spec.name)
+            yield model.read(spec.name)
+            shown.advance(spec.nbytes)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from ..container.delta_map import DeltaMap
 from ..decode.reader import SfpFile
 from ..decode.validate import Report, validate, validate_index
 from ..deltas.result import DeltaFile
 from ..errors import MOST_DETAIL, FileFault, shortened
-from ..io.paths import is_index, model_path
+from ..io.paths import FilePath, file_size, is_index, model_path
 from ..limits import Limits
 from ..names import quoted
 from .console import bytes_words, counted, print_to_stderr, printable, progress, show_json
@@ -62,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     limits = limits_of(args.limit)
     for name in args.files:
         try:
-            for number, (path, report) in enumerate(_reports(Path(name), limits)):
+            for number, (path, report) in enumerate(_reports(name, limits)):
                 if args.base is not None and report.ok and number == 0:  # not for each shard of an index
                     _check_with_base(path, args.base, report, limits)
                 delta = _delta_of(path, report, limits)
@@ -80,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _delta_of(path: Path, report: Report, limits: Limits) -> DeltaMap | None:
+def _delta_of(path: FilePath, report: Report, limits: Limits) -> DeltaMap | None:
     """Returns the map of a delta without faults; None for another file."""
     if not report.ok or is_index(path):
         return None
@@ -88,10 +86,10 @@ def _delta_of(path: Path, report: Report, limits: Limits) -> DeltaMap | None:
         return file.directory.delta
 
 
-def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
+def _reports(name: str, limits: Limits) -> Iterator[tuple[FilePath, Report]]:
     """Yields path and report of a file; for an index, those of the index and of each shard."""
-    with path_in_errors(path):
-        path = model_path(path)
+    with path_in_errors(name):
+        path = model_path(name)
     if not is_index(path):
         yield path, _validate(path, limits)
         return
@@ -103,9 +101,9 @@ def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
         yield path.with_name(name), _validate(path.with_name(name), limits)
 
 
-def _validate(path: Path, limits: Limits) -> Report:
+def _validate(path: FilePath, limits: Limits) -> Report:
     require_file(path)
-    with path_in_errors(path), progress(os.stat(path).st_size, path.name) as shown:
+    with path_in_errors(path), progress(file_size(path), path.name) as shown:
         last = 0
 
         def advance(done: int, total: int) -> None:
@@ -116,7 +114,7 @@ def _validate(path: Path, limits: Limits) -> Report:
         return validate(path, limits=limits, progress=advance)
 
 
-def _check_with_base(path: Path, base_path: str, report: Report, limits: Limits) -> None:
+def _check_with_base(path: FilePath, base_path: str, report: Report, limits: Limits) -> None:
     """Makes the result of a delta and its base, and adds the first fault to a report.
 
     Raises:
@@ -131,7 +129,7 @@ def _check_with_base(path: Path, base_path: str, report: Report, limits: Limits)
             report.faults.append(error)
 
 
-def _as_json(path: Path, report: Report, delta: DeltaMap | None) -> dict[str, object]:
+def _as_json(path: FilePath, report: Report, delta: DeltaMap | None) -> dict[str, object]:
     faults = [
         {
             "code": fault.code,
@@ -157,12 +155,12 @@ def _as_json(path: Path, report: Report, delta: DeltaMap | None) -> dict[str, ob
     }
 
 
-def _kind(path: Path, report: Report) -> str | None:
+def _kind(path: FilePath, report: Report) -> str | None:
     """Returns a description of a file that is not an `.sfp` file; None for an `.sfp` file."""
     return next((words for fault in report.faults if (words := other_kind(path, fault))), None)
 
 
-def _show(path: Path, report: Report, delta: DeltaMap | None, with_notes: bool) -> None:
+def _show(path: FilePath, report: Report, delta: DeltaMap | None, with_notes: bool) -> None:
     name = printable(str(path))
     for fault in report.faults[:_MOST_LINES]:
         print(f"{name}: {printable(str(fault))}")

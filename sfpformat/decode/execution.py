@@ -117,7 +117,15 @@ class Decoding:
             wanted[entry.name] = wanted.get(entry.name, 0) + sum([out.size for _, _, out in runs])
         threads = self.threads_for(sum(wanted.values()))
         together = list(batches(jobs, threads))
-        for_each(lambda batch: self._do_batch(batch, wanted, into), together, min(threads, len(together)))
+        with self._stored.ahead(self._chunks(jobs)):
+            for_each(lambda batch: self._do_batch(batch, wanted, into), together, min(threads, len(together)))
+
+    def _chunks(self, jobs: list[Job]) -> Iterator[tuple[TensorEntry, int]]:
+        """Yields the chunks that jobs read: their own, and those of vectors that are not decoded yet."""
+        for name, entry in {entry.name: entry for entry, _, _ in jobs}.items():
+            if entry.vectors is not None and name not in self._decoders:
+                yield entry, -1
+        yield from ((entry, k) for entry, k, _ in jobs)
 
     def _do_batch(self, jobs: list[Job], wanted: dict[str, int], into: Into) -> None:
         """Reads and decodes the chunks of a batch. One call of the engine decodes all runs that it supports.

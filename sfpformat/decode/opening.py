@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import OptionError
-from ..io.paths import is_index, model_path
+from ..io.paths import is_index, is_path, model_path
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
@@ -27,9 +26,9 @@ def open_any(
 
     Refuses a delta: its tensors are not those of a model (R-DLT-014).
     """
-    if not isinstance(readable, (str, os.PathLike)):
+    if not is_path(readable):
         return _model(SfpFile(readable, limits=limits, engine=engine, threads=threads), "the file")
-    path = model_path(readable)
+    path = model_path(cast(str, readable))
     if not is_index(path):
         return _model(SfpFile(path, limits=limits, engine=engine, threads=threads), str(path))
     from .shards import ShardedFile  # lazy: most models have one file

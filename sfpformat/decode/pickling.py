@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ..errors import MismatchError
+from ..io.remote.location import Location
 from ..limits import Limits
 
 
@@ -33,12 +34,14 @@ class _Reopenable(Protocol):
 F = TypeVar("F", bound=_Reopenable)
 
 
-def reopened(kind: Callable[..., F], readable: str | bytes, settings: Settings, identity: object) -> F:
+def reopened(
+    kind: Callable[..., F], readable: str | bytes | Location, settings: Settings, identity: object
+) -> F:
     """Opens a pickled file or model again.
 
     Args:
         kind: class of the object.
-        readable: path, or bytes, of the file.
+        readable: path, location, or bytes, of the file.
         settings: the arguments with which it was opened.
         identity: identity of its contents at the time of pickling.
 

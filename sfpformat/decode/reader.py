@@ -8,6 +8,7 @@ decoded (R-STR-001).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..container.preamble import SIZE, Preamble
 from ..engines import require_name
 from ..errors import MismatchError, MissingTensorError, placed
 from ..io.closing import Closing
+from ..io.remote.ahead import DEFAULT_MEMORY, Range
 from ..io.source import Readable, Source, open_source
 from ..io.threads import for_each, thread_count
 from ..limits import DEFAULT_LIMITS, Limits
@@ -32,8 +34,10 @@ from .execution import Decoding, Into
 from .fast_path import Bulk
 from .jobs import Job, jobs_of_range
 from .pickling import Settings, reopened
+from .prefetch import Item, Prefetch, Report
 from .selected_positions import decode_selection
-from .selection import Index, Selection, select
+from .selection import Selection, select
+from .slices import SfpSlice
 from .stored_chunks import StoredChunks
 from .tensor import TensorDecoder, Values
 from .tensor_info import TensorInfo
@@ -92,6 +96,11 @@ class SfpFile(Closing):
             ClosedFileError: the file is closed.
         """
         return reopened, (SfpFile, self._source.reopenable(), self._settings, self.identity)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the file is behind a URL."""
+        return self._source.is_remote
 
     def file_of(self, name: str) -> SfpFile:
         """Returns the file that has a tensor: this file. `ShardedFile.file_of` returns the shard.
@@ -174,6 +183,15 @@ class SfpFile(Closing):
             LimitError: a tensor exceeds a limit.
         """
         wanted = list(dict.fromkeys(self if names is None else names))
+        if self.is_remote:
+            found: dict[str, Values] = {}
+            with self.prefetch(self.in_file_order(wanted)) as plan:
+                for group in plan.groups():
+                    found.update(self._get_tensors(group))
+            return {name: found[name] for name in wanted}
+        return self._get_tensors(wanted)
+
+    def _get_tensors(self, wanted: Sequence[str]) -> dict[str, Values]:
         made = self._small_raw(wanted)
         rest = {name: self._outline(name) for name in wanted if name not in made}
         kinds = [(shape, dtype.numpy, size) for dtype, shape, size, _ in rest.values()]
@@ -210,13 +228,22 @@ class SfpFile(Closing):
                 raise MismatchError(
                     f"tensor {name!r}: the array must be {dtype.numpy} of shape {shape}, in C order, writable"
                 )
+        if self.is_remote:
+            with self.prefetch(self.in_file_order(out)) as plan:
+                for group in plan.groups():
+                    self._fill({name: out[name] for name in group})
+        else:
+            self._fill(out)
+
+    def _fill(self, out: Mapping[str, Values]) -> None:
+        """Decodes into arrays that `read_into` checked."""
         made = self._small_raw(list(out))
         for name, values in made.items():
             out[name][...] = values
         self._read_into({name: array for name, array in out.items() if name not in made})
 
     def _read_into(self, out: Mapping[str, Values]) -> None:
-        """Decodes into arrays that `read_into` checked: first the plain tensors together, then the rest."""
+        """Decodes into checked arrays: first the plain tensors together, then the rest."""
         bulk = self._decoding.bulk if len(out) >= _WORTH_BULK else None
         rest = out if bulk is None else self._left_by(bulk, out)
         jobs: list[Job] = []
@@ -235,6 +262,49 @@ class SfpFile(Closing):
         if not bulk.read_into(together, self._decoding.threads_for(positions)):
             return out
         return {name: array for name, array in out.items() if name not in known}
+
+    def prefetch(
+        self,
+        items: Iterable[Item] | None = None,
+        *,
+        memory: int = DEFAULT_MEMORY,
+        progress: Report | None = None,
+    ) -> Prefetch[Values]:
+        """Reads tensors and slices of a remote file ahead, in the background, and decodes them on arrival.
+
+        Example: ``for name, array in file.prefetch(): ...``. Or ``with file.prefetch(names): ...``, where
+        other reads in the block use what was read ahead. The system reads local files ahead.
+
+        Args:
+            items: names of tensors, and pairs of a name and an index as for `get_slice`, in the order in
+                which they will be read, each once. None takes all tensors, in file order.
+            memory: the greatest number of bytes that were requested or have arrived, and are not decoded
+                yet. One request of 8 MiB, and reads out of order, may exceed it.
+            progress: called with a `Progress` after each block of at most 8 MiB was read.
+
+        Raises:
+            MissingTensorError: a name is not in the file.
+            IndexError: an index does not fit the shape.
+            OptionError: an argument has another form.
+        """
+        return Prefetch(
+            self, self._get_tensors, lambda name, at: self.get_slice(name)[at], items, memory, progress
+        )
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Returns names in the order of their data."""
+        wanted = set(names)
+        for name in wanted - self.directory.tensors.keys():
+            self._require_present(name)
+        return [name for name in self if name in wanted]
+
+    def unplanned(self, name: str, chunks: Sequence[int] | None = None) -> list[Range]:
+        """Returns what has to be fetched for chunks, or all chunks, of a tensor; of a local file, nothing."""
+        return self._stored.unplanned(self.entry(name), chunks)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Releases what `prefetch` fetched for tensors that will not be read again."""
+        self._stored.forget(map(self.entry, names))
 
     def get_slice(self, name: str) -> SfpSlice:
         """Returns a lazy tensor: ``f.get_slice("w")[10:20, :64]`` decodes only the segments that it needs.
@@ -299,7 +369,8 @@ class SfpFile(Closing):
                 chunk = decoder.open_chunk(data, k)
                 positions[k], values[k] = decoder.survivors(chunk, 0, stop - first)
 
-        for_each(survivors, range(len(entry.chunks)), self._decoding.threads_for(entry.positions))
+        with self._stored.ahead((entry, k) for k in range(len(entry.chunks))):
+            for_each(survivors, range(len(entry.chunks)), self._decoding.threads_for(entry.positions))
         return np.concatenate(positions), np.concatenate(values)
 
     # ----------------------------------------------------------------------------- chunks and runs
@@ -341,12 +412,18 @@ class SfpFile(Closing):
         def read(i: int) -> None:
             out[i] = self._stored.read(*wanted[i])
 
-        for_each(read, range(len(wanted)), min(self._threads, max(len(wanted), 1)))
+        with self._stored.ahead(wanted):
+            for_each(read, range(len(wanted)), min(self._threads, max(len(wanted), 1)))
         return out
 
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
         """Reads the segment index of chunk k from the chunk's first bytes. Does not compare its checksum."""
         return self._stored.read_head(entry, k)
+
+    def heads_ahead(self, names: Iterable[str]) -> AbstractContextManager[object]:
+        """Context manager that fetches what `read_head` reads of some tensors, if the file is remote."""
+        entries = map(self.entry, names)
+        return self._stored.heads_ahead(entry for entry in entries if entry.coding != "raw")
 
     def decoder(self, entry: TensorEntry) -> TensorDecoder:
         """Returns the decoder of a tensor. Reads and checks the tensor's vectors.
@@ -355,40 +432,6 @@ class SfpFile(Closing):
             InvalidFileError: the vector chunk is damaged.
         """
         return self._decoding.decoder(entry)
-
-
-class SfpSlice:
-    """A tensor that is decoded when it is indexed. Same interface as the slice object of safetensors."""
-
-    def __init__(self, file: SfpFile, entry: TensorEntry) -> None:
-        self._file = file
-        self._entry = entry
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickles the slice with its file. Unpickling opens the file again."""
-        return SfpFile.get_slice, (self._file, self._entry.name)
-
-    def get_shape(self) -> list[int]:
-        """Returns the tensor's shape."""
-        return list(self._entry.shape)
-
-    def get_dtype(self) -> str:
-        """Returns the name of the tensor's dtype, such as ``"BF16"``."""
-        return self._entry.dtype.name
-
-    def __getitem__(self, index: Index) -> Values:
-        """Decodes the selected part into a new array.
-
-        Args:
-            index: integers, slices with any step, and ``...``, as in basic numpy indexing.
-
-        Raises:
-            IndexError: the index does not fit the shape, or has an item of another type.
-            InvalidFileError: the file is damaged.
-            LimitError: the tensor exceeds a limit.
-        """
-        selection = select(self._entry.shape, index)
-        return self._file.decode(self._entry, selection, self._entry.dtype.numpy, TensorDecoder.weights_into)
 
 
 def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]:

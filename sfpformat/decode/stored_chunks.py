@@ -6,7 +6,7 @@ Rules: a chunk is read whole, and its checksum is compared, before any byte of i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -16,7 +16,10 @@ from ..container.directory import Directory
 from ..container.entry import TensorEntry
 from ..errors import FileFault, fault, placed
 from ..io.checksum import crc32
+from ..io.remote.ahead import Range, ReadAhead
 from ..io.source import Source
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 class _Place(NamedTuple):
@@ -64,12 +67,60 @@ class StoredChunks:
         """Context manager that adds the tensor's name and the offset of chunk k to a fault raised inside."""
         return placed(tensor=entry.name, base=self.offset(entry, k))
 
+    def ahead(self, chunks: Iterable[tuple[TensorEntry, int]]) -> AbstractContextManager[object]:
+        """Context manager that fetches chunks of a remote file concurrently; each will be read once.
+
+        Args:
+            chunks: tensors and numbers of chunks, -1 for the vector chunk.
+        """
+        if not self._source.is_remote:
+            return _NOTHING
+        ranges = [one for entry, k in chunks for one in self.unplanned(entry, [k])]
+        return ReadAhead(ranges) if ranges else _NOTHING
+
+    def unplanned(self, entry: TensorEntry, chunks: Sequence[int] | None = None) -> list[Range]:
+        """Returns what a `ReadAhead` has to fetch for chunks of a tensor; for None, of all of them."""
+        if not self._source.is_remote:
+            return []
+        if chunks is None:
+            return self._source.unplanned([self._whole(entry)])
+        places = self._places_of(entry)
+        return self._source.unplanned(
+            [(places[k].offset, places[k].offset + places[k].length) for k in chunks]
+        )
+
+    def heads_ahead(self, entries: Iterable[TensorEntry]) -> AbstractContextManager[object]:
+        """Context manager that fetches what `read_head` reads of all chunks of tensors of a remote file."""
+        if not self._source.is_remote:
+            return _NOTHING
+        heads = [self._head(entry, k) for entry in entries for k in range(len(entry.chunks))]
+        ranges = self._source.unplanned([(offset, offset + size) for offset, size in heads])
+        return ReadAhead(ranges) if ranges else _NOTHING
+
+    def _head(self, entry: TensorEntry, k: int) -> tuple[int, int]:
+        """Returns file offset and greatest size of the segment index of chunk k."""
+        place = self._places_of(entry)[k]
+        first, stop = entry.segments_of_chunk(k)
+        return place.offset, min(place.length, greatest_head(entry, stop - first))
+
+    def forget(self, entries: Iterable[TensorEntry]) -> None:
+        """Releases what a `ReadAhead` has of tensors that will not be read again."""
+        if self._source.is_remote:
+            for entry in entries:
+                self._source.forget(*self._whole(entry))
+
+    def _whole(self, entry: TensorEntry) -> tuple[int, int]:
+        """Returns the file offsets of a tensor, whose chunks are consecutive: start, and exclusive stop."""
+        start = self._offsets[entry.name]
+        return start, start + entry.stored_bytes
+
     def read(self, entry: TensorEntry, k: int) -> Bytes:
         """Reads chunk k of a tensor (its vector chunk for k = -1) and compares its checksum.
 
         Raises:
             InvalidFileError: checksum mismatch (R-LAY-004), or the file is too short. The error has the
                 tensor's name and the offset.
+            RemoteError: a request failed, or the file has changed since it was opened.
         """
         return next(self.read_in_turn(entry, k, 1))
 
@@ -96,6 +147,7 @@ class StoredChunks:
         for offset, length, checksum in places:
             chunk = data[offset - start : offset - start + length]
             if crc32(chunk.data) != checksum:
+                self._source.require_unchanged()
                 raise fault(
                     "R-LAY-004", "a chunk's checksum does not match", tensor=entry.name, offset=offset
                 )
@@ -122,7 +174,4 @@ class StoredChunks:
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
         """Reads the segment index of chunk k from the chunk's first bytes. Does not compare its checksum."""
         with self.placed(entry, k):
-            place = self._places_of(entry)[k]
-            first, stop = entry.segments_of_chunk(k)
-            head = min(place.length, greatest_head(entry, stop - first))
-            return parse_head(as_bytes(self._source.read(place.offset, head)), entry, k)[0]
+            return parse_head(as_bytes(self._source.read(*self._head(entry, k))), entry, k)[0]

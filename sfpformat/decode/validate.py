@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from ..container.directory import entry_faults
 from ..container.entry import TensorEntry
 from ..container.preamble import SIZE, Preamble
 from ..errors import FileFault, fault, placed
-from ..io.paths import is_index, model_path
+from ..io.paths import FilePath, file_size, is_index, is_path, model_path
 from ..io.source import Readable, open_source
 from ..limits import DEFAULT_LIMITS, Limits
 from .delta_maps import require_one_kind
@@ -89,8 +88,8 @@ def validate(
         OptionError: as in `sfpformat.open`.
         SafetensorsError: an index is not valid JSON of the expected form.
     """
-    if isinstance(readable, (str, os.PathLike)):
-        readable = model_path(readable)
+    if is_path(readable):
+        readable = model_path(cast(str, readable))
         if is_index(readable):
             return _validate_model(readable, limits, engine, progress)
     report = Report()
@@ -99,7 +98,7 @@ def validate(
     except FileFault as error:
         report.faults = _directory_faults(readable, limits, error)
         return report
-    with file:
+    with file, file.prefetch():
         report.bytes = file.preamble.file_length
         done = SIZE
         for name in file:
@@ -114,13 +113,13 @@ def validate(
     return report
 
 
-def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report, list[str]]:
+def validate_index(path: FilePath, limits: Limits = DEFAULT_LIMITS) -> tuple[Report, list[str]]:
     """Checks that the shards have the tensors that an index lists (SPEC.md chapter 18).
 
     Does not check the contents of the shards, as `validate` does. Skips a shard whose directory has a fault.
 
     Args:
-        path: path of the index.
+        path: path or location of the index.
         limits: the limits of the reader.
 
     Returns:
@@ -130,9 +129,9 @@ def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report,
         SafetensorsError: the index is not valid JSON of the expected form.
         OSError: the index or a shard cannot be read.
     """
-    from .shards import ShardIndex  # lazy: most models have one file
+    from .shard_index import ShardIndex  # lazy: most models have one file
 
-    report = Report(bytes=path.stat().st_size)
+    report = Report(bytes=file_size(path))
     try:
         index = ShardIndex.read(path)
     except FileFault as error:
@@ -156,11 +155,11 @@ def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report,
     return report, index.files()
 
 
-def _validate_model(path: Path, limits: Limits, engine: str | None, progress: Progress | None) -> Report:
+def _validate_model(path: FilePath, limits: Limits, engine: str | None, progress: Progress | None) -> Report:
     """Validates an index and its shards."""
     whole, names = validate_index(path, limits)
     shards = [path.with_name(name) for name in names]
-    sizes = [shard.stat().st_size for shard in shards]
+    sizes = [file_size(shard) for shard in shards]
     whole.tensors, whole.bytes = 0, whole.bytes + sum(sizes)
     before = 0
     for shard, size in zip(shards, sizes, strict=True):

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..container.delta_map import DeltaMap
 from ..decode.delta_maps import joined_map, maps_of
 from ..decode.reader import SfpFile
-from ..decode.shards import ShardIndex, in_shard, index_name
+from ..decode.shard_index import ShardIndex, index_name
+from ..decode.shards import in_shard
 from ..errors import OptionError
 from ..io.atomic import AtomicFile, real_target, rename_all, replacing
 from ..limits import DEFAULT_LIMITS, Limits

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from ..decode.shards import ShardedFile
 from ..engines import Engine, Misfit, get_engine
 from ..errors import OptionError, fault, placed
 from ..io.closing import Closing
-from ..io.paths import is_index, model_path
+from ..io.paths import is_index, is_path, model_path
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
@@ -267,7 +266,7 @@ class Delta(Closing):
         Raises:
             OptionError: the file is not a delta.
         """
-        path = model_path(readable) if isinstance(readable, (str, os.PathLike)) else None
+        path = model_path(cast(str, readable)) if is_path(readable) else None
         self.file: SfpFile | ShardedFile
         if path is not None and is_index(path):
             self.file = ShardedFile(path, limits=limits, engine=engine, threads=threads)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,14 @@ from ..decode.opening import open_any
 from ..decode.parts import Parts, parts_of
 from ..decode.reader import SfpFile
 from ..decode.selection import Selection
-from ..decode.shards import ShardedFile, ShardIndex
+from ..decode.shard_index import ShardIndex
+from ..decode.shards import ShardedFile
 from ..decode.tensor import TensorDecoder
 from ..dtypes import Dtype, of_numpy
 from ..errors import OptionError
 from ..io.closing import Closing
-from ..io.paths import INDEX_SUFFIX
+from ..io.paths import INDEX_SUFFIX, FilePath
+from ..io.remote.location import Location, OpenFile, location_of
 from ..io.safetensors import SafetensorsError, SafetensorsFile
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
@@ -62,7 +64,9 @@ class Tensors(Protocol):
 
 
 # What holds the tensors of a model.
-Source: TypeAlias = Tensors | Mapping[str, Array] | SfpFile | ShardedFile | str | os.PathLike[str]
+Source: TypeAlias = (
+    Tensors | Mapping[str, Array] | SfpFile | ShardedFile | str | os.PathLike[str] | Location | OpenFile
+)
 
 
 class ArrayTensors:
@@ -155,7 +159,8 @@ class OpenTensors(Closing):
 
         Args:
             source: arrays by name; an open file; or the path of an `.sfp` or safetensors file, of the index
-                of a model in shards, or of a folder that has exactly one `.sfp` model.
+                of a model in shards, or of a folder that has exactly one `.sfp` model; or the
+                URL of an `.sfp` model.
             limits: the limits on `.sfp` files.
 
         Raises:
@@ -180,9 +185,12 @@ class OpenTensors(Closing):
             return ArrayTensors(source)
         if isinstance(source, (SfpFile, ShardedFile)):
             return FileTensors(source)
+        location = location_of(source)
+        if location is not None:
+            return self._opened_file(location, limits)
         if not isinstance(source, (str, os.PathLike)):
             if all(hasattr(source, name) for name in ("specs", "read", "read_part")):
-                return source
+                return cast(Tensors, source)
             raise OptionError(
                 f"a {type(source).__name__} is neither a path, an open file, nor arrays by name"
             )
@@ -193,6 +201,10 @@ class OpenTensors(Closing):
             return self._safetensors([path.parent / name for name in names])
         if path.suffix == ".safetensors" and not _is_sfp(path):
             return self._safetensors([path])
+        return self._opened_file(path, limits)
+
+    def _opened_file(self, path: FilePath, limits: Limits) -> Tensors:
+        self.name = path.name
         file = open_any(path, limits=limits)
         self._stack.callback(file.close)
         return FileTensors(file)

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ..decode.shards import ShardIndex, index_name
+from ..decode.shard_index import ShardIndex, index_name
 from ..errors import OptionError
 from ..io.paths import SUFFIX
 from ..limits import DEFAULT_LIMITS, Limits

@@ -1,22 +1,25 @@
-"""Sources of bytes for readers: a file, bytes, an mmap, or any seekable binary object."""
+"""Sources of bytes for readers: a file, bytes, an mmap, any seekable binary object, or a URL."""
 
 from __future__ import annotations
 
 import io
 import os
 import threading
-from typing import Any, BinaryIO, Protocol, cast
+from collections.abc import Iterable
+from typing import Any, BinaryIO, ClassVar, Protocol, cast
 
 import numpy as np
 
 from ..errors import ClosedFileError, OptionError, fault
 from .positional import PositionalFile
+from .remote.ahead import Range
+from .remote.location import Location, OpenFile, location_of
 
 # The greatest size of a file in memory that is pickled, in bytes.
 MOST_PICKLED = 1 << 26
 
 Buffer = bytes | bytearray | memoryview
-Readable = str | os.PathLike[str] | Buffer | BinaryIO
+Readable = str | os.PathLike[str] | Buffer | BinaryIO | Location | OpenFile
 
 
 class Source(Protocol):
@@ -24,9 +27,11 @@ class Source(Protocol):
 
     Attributes:
         length: number of bytes.
+        is_remote: whether reads are requests to a server, so that it is worth planning them.
     """
 
     length: int
+    is_remote: ClassVar[bool]
 
     def read(self, offset: int, size: int) -> Buffer:
         """Reads ``size`` bytes from ``offset``.
@@ -36,8 +41,24 @@ class Source(Protocol):
             ClosedFileError: the source is closed.
         """
 
-    def reopenable(self) -> str | bytes:
-        """Returns a path or bytes that open the same source in another process.
+    def unplanned(self, ranges: Iterable[tuple[int, int]]) -> list[Range]:
+        """Returns what a `ReadAhead` has to fetch of ranges, file offsets with an exclusive stop.
+
+        These are the parts that are neither in memory nor in another `ReadAhead`; none of a local source.
+        """
+
+    def forget(self, start: int, stop: int) -> None:
+        """Releases what a `ReadAhead` has of a range that will not be read again."""
+
+    def require_unchanged(self) -> None:
+        """Checks a remote file after a checksum did not match.
+
+        Raises:
+            RemoteError: the file has changed since it was opened.
+        """
+
+    def reopenable(self) -> str | bytes | Location:
+        """Returns a path, bytes or a location that open the same source in another process.
 
         Raises:
             OptionError: the source is a stream, or is in memory and has more than `MOST_PICKLED` bytes.
@@ -49,12 +70,18 @@ class Source(Protocol):
 
 
 def open_source(readable: Readable) -> Source:
-    """Returns the source for a path, bytes, or stream.
+    """Returns the source for a path, URL, bytes, or stream.
 
     Raises:
-        OptionError: ``readable`` has another type, or is a text stream, a pipe, write-only or closed.
-        OSError: the source cannot be read.
+        OptionError: ``readable`` has another type, or is a text stream, a pipe, write-only or closed; or a
+            package that reads the URL is not installed.
+        OSError: the source cannot be read. `RemoteError` is one, too.
     """
+    location = location_of(readable)
+    if location is not None:
+        from .remote.source import RemoteSource  # lazy: most files are local
+
+        return RemoteSource(location)
     if isinstance(readable, (str, os.PathLike)):
         return _FileSource(readable)
     if _is_buffer(readable):
@@ -90,7 +117,22 @@ def _require_all(data: Buffer, size: int) -> Buffer:
     return data
 
 
-class _FileSource:
+class _Local:
+    """What sources on this machine have in common: nothing is fetched ahead, and nothing is checked again."""
+
+    is_remote: ClassVar[bool] = False
+
+    def unplanned(self, ranges: Iterable[tuple[int, int]]) -> list[Range]:
+        return []
+
+    def forget(self, start: int, stop: int) -> None:
+        pass
+
+    def require_unchanged(self) -> None:
+        pass
+
+
+class _FileSource(_Local):
     """A file that the source opens and closes."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -112,7 +154,7 @@ class _FileSource:
         self._file.close()
 
 
-class _BufferSource:
+class _BufferSource(_Local):
     """Bytes in memory. `read` returns a view, not a copy."""
 
     def __init__(self, view: memoryview) -> None:
@@ -138,7 +180,7 @@ class _BufferSource:
         self._view = None
 
 
-class _ObjectSource:
+class _ObjectSource(_Local):
     """A seekable binary object of the caller. `close` does not close it."""
 
     def __init__(self, stream: BinaryIO) -> None:

@@ -22,7 +22,8 @@ from ..coding.mask import Mask
 from ..coding.quantisers import Exact, Uniform
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
-from ..decode.shards import ShardedFile, ShardIndex, index_name, shard_name
+from ..decode.shard_index import ShardIndex, index_name, shard_name
+from ..decode.shards import ShardedFile
 from ..encode.writer import Writer
 from ..errors import OptionError, SfpWarning
 from ..io.atomic import ReplacedTogether

@@ -142,7 +142,7 @@ def compress_model(
                 "the model is compressed already, or customises loading; in the second case, call "
                 "load_model, then compress_model without a file"
             )
-        with open_any(source, limits=limits, threads=threads, engine=engine) as file:
+        with open_any(source, limits=limits, threads=threads, engine=engine) as file, file.prefetch():
             found = _from_file(model, places, file, choose, strict, where)
     weights = [places[group[0]].tensor.nbytes for group in found]
     layers = {id(places[name].module) for group in found for name in group}

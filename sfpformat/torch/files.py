@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,13 +9,17 @@ import numpy as np
 import torch
 
 from ..decode.opening import open_any
-from ..decode.reader import SfpFile, SfpSlice
+from ..decode.prefetch import Item, Prefetch, Report
+from ..decode.reader import SfpFile
 from ..decode.selection import Index
 from ..decode.shards import ShardedFile
+from ..decode.slices import SfpSlice
 from ..decode.tensor_info import TensorInfo
 from ..engines import decodes_on_device
 from ..errors import OptionError
 from ..io.closing import Closing
+from ..io.paths import AnyPath
+from ..io.remote.ahead import DEFAULT_MEMORY
 from ..io.source import Buffer, Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from .sparse_tensors import Layout, layout_of, read_sparse
@@ -29,7 +32,7 @@ _BATCH_BYTES = 64 << 20
 
 
 def load_file(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     device: Device = "cpu",
     *,
     limits: Limits = DEFAULT_LIMITS,
@@ -41,8 +44,8 @@ def load_file(
     Example: ``tensors = load_file("model.sfp", device="cuda")``.
 
     Args:
-        path: path of the file, of the ``.sfp.index.json`` of a sharded model, or of a folder that has one of
-            these.
+        path: path or URL of the file, of the ``.sfp.index.json`` of a sharded model, or of a folder that has
+            one of these; or what ``fsspec.open`` returns.
         device: the device of the tensors; ``"meta"`` gives shapes and dtypes without reading data.
         limits, threads, engine: as in `sfpformat.open`.
 
@@ -177,15 +180,38 @@ class TorchFile(Closing):
                 name: torch.empty(info.shape, dtype=dtypes[name], device="meta")
                 for name, info in infos.items()
             }
-        if self._on_device:
-            from .device_memory import read_tensors  # lazy: the import prepares the kernels' tables
+        with self.file.prefetch(list(infos)) as plan:
+            if self._on_device and not plan.reads_ahead:
+                return self._read_on_device(list(infos))
+            out: dict[str, torch.Tensor] = {}
+            if self._on_device:  # by groups, because all vectors of a call are read first
+                for group in plan.groups():
+                    out.update(self._read_on_device(group))
+                return out
+            for batch in batches({name: info.decoded_bytes for name, info in infos.items()}):
+                for name, array in self.file.get_tensors(batch).items():
+                    out[name] = tensor_of(array).to(self.device)
+            return out
 
-            return read_tensors(self.file, list(infos), self.device)
-        out: dict[str, torch.Tensor] = {}
-        for batch in batches({name: info.decoded_bytes for name, info in infos.items()}):
-            for name, array in self.file.get_tensors(batch).items():
-                out[name] = tensor_of(array).to(self.device)
-        return out
+    def _read_on_device(self, names: list[str]) -> dict[str, torch.Tensor]:
+        from .device_memory import read_tensors  # lazy: the import prepares the kernels' tables
+
+        return read_tensors(self.file, names, self.device)
+
+    def prefetch(
+        self,
+        items: Iterable[Item] | None = None,
+        *,
+        memory: int = DEFAULT_MEMORY,
+        progress: Report | None = None,
+    ) -> Prefetch[torch.Tensor]:
+        """Reads tensors and slices of a remote file ahead, as `SfpFile.prefetch`, for the device.
+
+        Example: ``for name, tensor in file.prefetch(memory=1 << 30): ...``.
+        """
+        return Prefetch(
+            self.file, self.get_tensors, lambda name, at: self.get_slice(name)[at], items, memory, progress
+        )
 
     def get_slice(self, name: str) -> TorchSlice:
         """Returns a lazy tensor: ``f.get_slice("w")[10:20, :64]`` decodes only the segments that it needs.

@@ -7,7 +7,7 @@ are put into the module only after all of them are decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -268,7 +268,11 @@ def fill(
         tensor = places[group[0]].tensor
         if tensor.is_meta:
             made[group] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-    with _note_on_error(all(group in made for group in sources)), torch.no_grad():
+    with (
+        file.prefetch(_in_file_order(file, direct, rest)),
+        _note_on_error(all(group in made for group in sources)),
+        torch.no_grad(),
+    ):
         file.read_into(
             {name: memory_of(tensor).reshape(file.info(name).shape) for name, tensor in direct.items()}
         )
@@ -283,6 +287,12 @@ def fill(
     for group, tensor in made.items():
         _put(places, group, tensor)
     warn_of_lost_values(lost)
+
+
+def _in_file_order(file: AnyFile, *names: Collection[str]) -> list[str]:
+    """Returns several sets of names one after another, each in the order in which a remote file is read."""
+    order = file.keys() if file.is_remote else []
+    return [name for some in names for name in order if name in some]
 
 
 def _read(

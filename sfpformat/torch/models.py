@@ -13,6 +13,7 @@ from ..decode.opening import open_any
 from ..encode.weights import warn_of_quantised
 from ..encode.writer import Writer
 from ..errors import MismatchError, OptionError, warn
+from ..io.paths import AnyPath
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import MOST_LISTED, listed
 from ..options import Options, options_by_name
@@ -136,7 +137,7 @@ def _require_not_compressed(argument: str, names: Collection[str]) -> None:
 
 def load_model(
     model: torch.nn.Module,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     strict: bool = True,
     device: Device = "cpu",
     *,
@@ -159,7 +160,7 @@ def load_model(
 
     Args:
         model: the module.
-        path: path of the file, or of the ``.sfp.index.json`` of a sharded model.
+        path: path or URL of the file, or of the ``.sfp.index.json`` of a sharded model.
         strict: whether missing names, unexpected names, and tensors that would stay on the meta device raise.
             Names of non-persistent buffers, which older files can have, never raise.
         device: the device for tensors that are on the meta device. Other tensors keep theirs.

@@ -14,7 +14,8 @@ import torch
 
 from ..container.delta_map import DeltaMap
 from ..decode.reader import SfpFile
-from ..decode.shards import ShardedFile, shard_name
+from ..decode.shard_index import shard_name
+from ..decode.shards import ShardedFile
 from ..deltas.indices import rename_with_index
 from ..deltas.result import DeltaFile
 from ..deltas.tensors import OpenTensors, Spec, Tensors

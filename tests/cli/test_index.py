@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import sfpformat
-from sfpformat.decode.shards import ShardedFile, ShardIndex
+from sfpformat.decode.shard_index import ShardIndex
+from sfpformat.decode.shards import ShardedFile
 from sfpformat.errors import InvalidFileError
 from sfpformat.io.safetensors import SafetensorsError
 

@@ -17,7 +17,7 @@ from kernels.tools import shim
 from sfpformat import EngineError, InvalidFileError, LimitError, Limits, Options
 from sfpformat.decode import device_batches as decode_device
 from sfpformat.decode.opening import open_any
-from sfpformat.decode.shards import ShardIndex
+from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.engines import decodes_on_device, get_device_engine
 from sfpformat.engines.cuda import driver, pinned_loading
 from sfpformat.engines.cuda.batch import Running

@@ -21,7 +21,7 @@ import sfpformat.numpy
 from conformance.recipes.samples import importance, weights
 from sfpformat import MismatchError, OptionError, Options, SfpError, SfpFile, ShardedFile
 from sfpformat.cli.model_files import open_model
-from sfpformat.decode.shards import ShardIndex
+from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.io.paths import models_in
 from sfpformat.io.source import MOST_PICKLED
 from sfpformat.numpy import save, save_file

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from sfpformat import FileFault, InvalidFileError, MissingTensorError
-from sfpformat.decode.shards import ShardedFile, ShardIndex, index_name, shard_name
+from sfpformat.decode.shard_index import ShardIndex, index_name, shard_name
+from sfpformat.decode.shards import ShardedFile
 from sfpformat.io.safetensors import SafetensorsError
 from sfpformat.numpy import save_file
 from tests.support.clauses import clauses

@@ -255,7 +255,7 @@ def main() -> None:
 
 def written(folder: Path) -> None:
     """Writes the files that the processes load."""
-    from sfpformat.decode.shards import ShardIndex
+    from sfpformat.decode.shard_index import ShardIndex
     from sfpformat.torch import write_delta
 
     state = dict(llama(0).state_dict())

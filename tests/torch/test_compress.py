@@ -14,7 +14,7 @@ from torch import nn
 
 import sfpformat.decode.reader
 from sfpformat import InvalidFileError, MismatchError, OptionError, Options, SfpWarning, Uniform
-from sfpformat.decode.shards import ShardIndex
+from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.torch import (
     SfpEmbedding,
     SfpLinear,

@@ -24,7 +24,7 @@ from sfpformat import (
     Options,
     Uniform,
 )
-from sfpformat.decode.shards import ShardIndex
+from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.dtypes import DTYPES
 from sfpformat.torch import load, load_file, safe_open, save, save_file
 from sfpformat.torch.tensors import array_of, format_dtype, torch_dtype

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sfpformat import InvalidFileError, MismatchError, OptionError, Options, SfpWarning, Uniform
-from sfpformat.decode.shards import ShardIndex
+from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.torch import load_file, load_model, parameters_on_meta, safe_open, save, save_file, save_model
 
 from ..support.untyped import untyped

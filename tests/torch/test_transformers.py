@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from sfpformat import Options, Uniform
-from sfpformat.decode.shards import ShardIndex
+from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.torch import TorchSlice, load_file, safe_open, save_file, save_model
 
 from .test_files import assert_same

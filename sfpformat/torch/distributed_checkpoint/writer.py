@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ...coding.bits import Bytes
-from ...decode.shards import ShardIndex, index_name, shard_name
+from ...decode.shard_index import ShardIndex, index_name, shard_name
 from ...dtypes import Dtype
 from ...encode.weights import Outline, warn_of_quantised
 from ...errors import OptionError

@@ -1,0 +1,1 @@
+"""Files behind URLs: locations, requests for ranges, and read-ahead. Imports fsspec at the first URL."""
