@@ -16,6 +16,7 @@ from .files import TorchFile, TorchSlice, load, load_file, safe_open
 from .layers import SfpEmbedding, SfpLinear
 from .meta import parameters_on_meta
 from .models import load_model, save_model
+from .offloading import dispatch_model
 from .saving import options_for_weights, save, save_file
 
 open = safe_open
@@ -30,6 +31,7 @@ __all__ = [
     "apply_delta",
     "compress_model",
     "decompress_model",
+    "dispatch_model",
     "load",
     "load_file",
     "load_model",
