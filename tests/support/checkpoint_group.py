@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from sfpformat import Options, Uniform
 from sfpformat.io.positional import PositionalFile
 from sfpformat.torch import save_file
 from sfpformat.torch.distributed_checkpoint import SfpStorageReader, SfpStorageWriter
+from sfpformat.torch.distributed_checkpoint import reader as reader_module
+from sfpformat.torch.distributed_checkpoint import writer as writer_module
 
 from .process_group import run_group
 
@@ -63,7 +66,7 @@ def sharded(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh, shard = init_device_mesh("cpu", (WORLD,)), cast_any(fully_shard)
-    for layer in cast_any(model).model.layers:
+    for layer in cast_any(model).model.layers if hasattr(model, "model") else ():
         shard(layer, mesh=mesh)
     shard(model, mesh=mesh)
     return model
@@ -130,6 +133,18 @@ def counted() -> Iterator[list[int]]:
         yield sizes
     finally:
         cast_any(PositionalFile).read_into = real
+
+
+@contextmanager
+def small_rooms() -> Iterator[None]:
+    """Lets processes exchange a few kilobytes at a time."""
+    real = reader_module.plan_reading, writer_module.plan_writing
+    cast_any(reader_module).plan_reading = partial(real[0], room=5000)
+    cast_any(writer_module).plan_writing = partial(real[1], room=5000)
+    try:
+        yield
+    finally:
+        cast_any(reader_module).plan_reading, cast_any(writer_module).plan_writing = real
 
 
 def trained(model: nn.Module, seed: int) -> torch.optim.Optimizer:
@@ -201,6 +216,27 @@ def scenarios(rank: int, folder: Path) -> dict[str, Any]:
         own = {f"model.{name}": value for name, value in options.items()}
         dcp.save(of, storage_writer=SfpStorageWriter(folder / target, options=own))
 
+    with small_rooms():
+        dcp.save(saved, storage_writer=SfpStorageWriter(folder / "rounds"))
+        dist.barrier()
+        state = state_of(other, second)
+        dcp.load(state, storage_reader=SfpStorageReader(folder / "rounds"))
+    found["many rounds"] = equal(state, saved)
+
+    group = dist.new_group([1, 0])
+    few = sharded(nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 2)))  # process 1 has no part of a bias
+    writer = SfpStorageWriter(folder / "few", process_group=group)
+    dcp.save(few.state_dict(), storage_writer=writer, process_group=group)
+    dist.barrier()
+    again = sharded(nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 2)))
+    reader = SfpStorageReader(folder / "few", process_group=group)
+    dcp.load(again.state_dict(), storage_reader=reader, process_group=group)
+    found["few elements, a group"] = equal(dict(again.state_dict()), dict(few.state_dict()))
+    mine = {"w": torch.full((3,), float(rank))}
+    dcp.save(mine, storage_writer=SfpStorageWriter(folder / f"own-{rank}"), no_dist=True)
+    dcp.load(mine, storage_reader=SfpStorageReader(folder / f"own-{rank}"), no_dist=True)
+    found["alone"] = mine["w"].tolist() == [rank] * 3
+
     pending = dcp.async_save(saved, storage_writer=SfpStorageWriter(folder / "async"))
     pending.result()
     dist.barrier()
@@ -216,6 +252,8 @@ def scenarios(rank: int, folder: Path) -> dict[str, Any]:
     def load(path: str, state: dict[str, Any]) -> Callable[[], object]:
         return lambda: dcp.load(state, storage_reader=SfpStorageReader(folder / path))
 
+    other_file = "model.sfp" if rank else "shards/model.sfp.index.json"
+    attempt("other files of processes", load(other_file, get_model_state_dict(model)))
     attempt("damaged", load("damaged.sfp", get_model_state_dict(model)))
     attempt("no file", load("none.sfp", get_model_state_dict(model)))
     attempt("missing", load("model.sfp", {**get_model_state_dict(model), "more": torch.zeros(2)}))

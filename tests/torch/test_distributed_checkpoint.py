@@ -20,13 +20,14 @@ from sfpformat import MismatchError, OptionError, Options, SfpWarning, Uniform
 from sfpformat.decode.shards import ShardedFile
 from sfpformat.torch import load_file, save_file, save_model
 from sfpformat.torch.distributed_checkpoint import SfpStorageReader, SfpStorageWriter, objects
+from sfpformat.torch.distributed_checkpoint import writer as writer_module
 
 from ..support.checkpoint_group import OBJECTS, QUANTISED, WORLD, dcp, equal, llama
 from .test_files import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 of_group = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-CHECKPOINTS = ("fsdp", "parallel", "async")
+CHECKPOINTS = ("fsdp", "parallel", "async", "rounds")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,16 @@ def test_ordinary_readers_and_one_process_load_whole_tensors(folder: Path, name:
 
 
 @of_group
+def test_many_rounds_other_groups_and_processes_alone_give_the_same_bits(folder: Path) -> None:
+    for found in results(folder):
+        assert found["many rounds"]
+        assert found["few elements, a group"]
+        assert found["alone"]
+    assert load_file(folder / "own-0")["w"].tolist() == [0.0] * 3
+    assert load_file(folder / "own-1")["w"].tolist() == [1.0] * 3
+
+
+@of_group
 def test_the_stored_tensors_do_not_depend_on_the_layout(folder: Path) -> None:
     for one, other in (("fsdp", "parallel"), ("quantised", "quantised-fsdp")):
         paths = [folder / path / "model.sfp.index.json" for path in (one, other)]
@@ -104,6 +115,7 @@ def test_the_stored_tensors_do_not_depend_on_the_layout(folder: Path) -> None:
 @of_group
 def test_damage_and_wrong_tensors_are_reported_in_all_processes(folder: Path) -> None:
     first, second = results(folder)
+    assert "is another file than in process 0" in second["other files of processes"][1]
     one, other = first["damaged"]
     assert "InvalidFileError: E_CRC [R-LAY-004]" in one
     assert "tensor 'model.layers." in one
@@ -188,6 +200,21 @@ def test_a_smaller_group_removes_the_shards_of_the_earlier_checkpoint(tmp_path: 
         "model-00001-of-00001.sfp",
         "model.sfp.index.json",
     ]
+
+
+def test_a_failed_rename_leaves_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dcp.save({"w": torch.ones(2)}, storage_writer=SfpStorageWriter(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise PermissionError("no renaming")
+
+    monkeypatch.setattr(writer_module, "rename_all", fail)
+    with pytest.raises(dcp.CheckpointException, match="no renaming"):
+        dcp.save({"w": torch.zeros(2)}, storage_writer=SfpStorageWriter(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_options_and_metadata_are_those_of_save_file(tmp_path: Path) -> None:

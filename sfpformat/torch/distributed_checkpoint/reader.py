@@ -24,7 +24,7 @@ from ...coding.bits import Bytes
 from ...decode.opening import open_any
 from ...decode.reader import SfpFile
 from ...decode.shards import ShardedFile
-from ...errors import ClosedFileError, OptionError
+from ...errors import ClosedFileError, MismatchError, OptionError
 from ...limits import DEFAULT_LIMITS, Limits
 from ..groups import Group
 from ..tensors import torch_dtype
@@ -126,6 +126,8 @@ class SfpStorageReader(StorageReader):
                     boxes.setdefault(self._source(item), []).append(box)
         wanted = {name: boxes[name] for name in file if name in boxes}
         shares = plan_reading(wanted, len(plans), file.entry)
+        for share in shares:
+            share.identity = file.identity
         return [replace(plan, storage_data=share) for plan, share in zip(plans, shares, strict=True)]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -134,7 +136,7 @@ class SfpStorageReader(StorageReader):
         Raises:
             OptionError: ``process_group`` is not the group of the load.
             InvalidFileError, LimitError, OSError: the file is damaged, refused, or cannot be read.
-            MismatchError: an object is damaged.
+            MismatchError: an object is damaged, or the processes see different files.
             ProcessError: another process failed.
         """
         try:
@@ -163,8 +165,17 @@ class SfpStorageReader(StorageReader):
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         share: Share = plan.storage_data
         members = Group.of_plans(self._group, share.count)
-        filling = Filling(self._opened(), plan, planner, self._source, members.rank)
-        members.agreed(partial(filling.start, share.own), _OUTCOME)
+        file = self._opened()
+        filling = Filling(file, plan, planner, self._source, members.rank)
+
+        def start() -> None:
+            if file.identity != share.identity:
+                raise MismatchError(
+                    f"{self.checkpoint_id} is another file than in process 0; wait until it is written"
+                )
+            filling.start(share.own)
+
+        members.agreed(start, _OUTCOME)
         last: Round | None = None
         received: dict[int, Bytes] = {}
         for each in share.rounds:

@@ -67,11 +67,13 @@ class Share:
 
     Attributes:
         count: the number of processes.
+        identity: that of the file for which this was planned; see `SfpFile.identity`.
         own: the pieces that no other process needs.
         rounds: the exchange of the others. All processes have the same number of rounds.
     """
 
     count: int
+    identity: object = None
     own: list[Piece] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
 

@@ -121,8 +121,9 @@ class SfpStorageWriter(StorageWriter):
         Raises:
             OptionError: an option does not fit, the format lacks a dtype, or a plan is incomplete.
         """
-        if not all(plan.usable for plan in plans):
-            if any(plan.usable for plan in plans):
+        usable = [getattr(plan, "usable", True) for plan in plans]  # of torch 2.6 and later
+        if not all(usable):
+            if any(usable):
                 raise OptionError("the plan changed; use a planner with enable_plan_caching=False")
             return plans  # torch takes the plans of the last save
         tensors, outlines = _tensors_of(plans)
