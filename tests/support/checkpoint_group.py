@@ -138,7 +138,7 @@ def counted() -> Iterator[list[int]]:
 @contextmanager
 def small_rooms() -> Iterator[None]:
     """Lets processes exchange a few kilobytes at a time."""
-    real = reader_module.plan_reading, writer_module.plan_writing
+    real = cast_any(reader_module).plan_reading, cast_any(writer_module).plan_writing
     cast_any(reader_module).plan_reading = partial(real[0], room=5000)
     cast_any(writer_module).plan_writing = partial(real[1], room=5000)
     try:
