@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .deltas.writing import DeltaWriter
     from .encode.budget import steps_for_budget
     from .encode.writer import Writer
+    from .keyed.table import KeyedTable
 
 __version__ = "1.0.0.dev0"
 
@@ -53,6 +54,7 @@ _MODULE_OF = {
     "Delta": ".deltas.reading",
     "DeltaFile": ".deltas.result",
     "DeltaWriter": ".deltas.writing",
+    "KeyedTable": ".keyed.table",
     "ShardedFile": ".decode.shards",
     "Writer": ".encode.writer",
     "apply_delta": ".deltas.applying",
@@ -75,6 +77,7 @@ __all__ = [
     "FileFault",
     "ImportanceOptions",
     "InvalidFileError",
+    "KeyedTable",
     "LimitError",
     "Limits",
     "LossError",

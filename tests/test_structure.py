@@ -20,7 +20,7 @@ LAYERS = (
     ("engines",),
     ("decode",),
     ("encode",),
-    ("deltas",),
+    ("deltas", "keyed"),
     ("", "numpy", "torch"),  # "" is the package's own __init__
     ("hf", "pruning"),
     ("demo",),

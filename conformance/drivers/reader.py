@@ -1,4 +1,4 @@
-"""A driver for a reader. Copy it for your own reader, and replace `decode` and `apply`.
+"""A driver for a reader. Copy it for your own reader, and replace `decode`, `apply` and `look_up`.
 
 sfp conformance run --decoder 'python conformance/drivers/reader.py'
 """
@@ -30,6 +30,23 @@ def apply(path: str, base: str, folder: str) -> dict[str, object]:
         return written(file, lambda name: name in pruned, folder)
 
 
+def look_up(path: str, keys: str, folder: str) -> dict[str, object]:
+    """Looks keys up in all keyed tables, and writes the answers into a folder."""
+    listed = [bytes.fromhex(line) for line in pathlib.Path(keys).read_text("ascii").splitlines()]
+    with sfpformat.SfpFile(path, limits=LIMITS) as file:
+        names, metadata = [table.name for table in file.directory.keyed], file.metadata()
+    tensors: list[dict[str, object]] = []
+    for name in names:
+        found = sfpformat.KeyedTable.open(path, name, limits=LIMITS).find(listed)
+        answers = {"": ("F32", found.weights), ".known": ("BOOL", found.known)}
+        if found.importance is not None:
+            answers[".importance"] = ("F32", found.importance)
+        for suffix, (dtype, array) in answers.items():
+            pathlib.Path(folder, f"{len(tensors)}.bin").write_bytes(array.tobytes())
+            tensors.append({"name": name + suffix, "dtype": dtype, "shape": list(array.shape)})
+    return {"ok": True, "metadata": metadata, "tensors": tensors}
+
+
 def written(file: Any, masked: Any, folder: str) -> dict[str, object]:
     """Writes the arrays of all tensors into a folder. Returns their descriptions, in order."""
     tensors = []
@@ -47,7 +64,7 @@ def written(file: Any, masked: Any, folder: str) -> dict[str, object]:
 
 def answer(question: str, *words: str) -> dict[str, object]:
     """Returns the answer to a question."""
-    questions: dict[str, Any] = {"decode": decode, "apply": apply}
+    questions: dict[str, Any] = {"decode": decode, "apply": apply, "look-up": look_up}
     if question not in questions:
         return {"ok": False, "unsupported": True, "detail": f"unknown question {question!r}"}
     try:

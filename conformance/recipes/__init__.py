@@ -20,6 +20,7 @@ from . import (
     encode,
     entries,
     gallery,
+    keyed,
     latitude,
     limits,
     masks,
@@ -38,7 +39,7 @@ from .suite import Suite
 # In this order: later recipes break files of earlier ones.
 AREAS = (
     *(gallery, preamble, directory, entries, tables, planes, masks, quantisers, scales, numbers, chunks),
-    *(vectors, shapes, combinations, crowds, limits, canonical, latitude, deltas, encode, windows),
+    *(vectors, shapes, combinations, crowds, limits, canonical, latitude, deltas, encode, windows, keyed),
 )
 
 

@@ -211,7 +211,7 @@ def _root(suite: Suite) -> None:
     no_tensors = whole(pack({"metadata": {"a": "b"}}))
     suite.invalid("DIR-002-no-tensors", "a root without `tensors`", PLAIN, no_tensors)
     wrong: dict[str, tuple[str, object]] = {
-        "features-string": ("features", "keyed"),
+        "features-string": ("features", "delta"),
         "features-of-integers": ("features", [1]),
         "metadata-array": ("metadata", ["a"]),
         "metadata-integer": ("metadata", {"a": 1}),
@@ -226,10 +226,7 @@ def _root(suite: Suite) -> None:
         suite.invalid(f"DIR-003-{slug}", f"a root value of the wrong type: {slug}", PLAIN, edit)
     suite.invalid("DIR-004-features", "`features` that are empty", PLAIN, _root_edit("features", []))
     suite.invalid("DIR-004-metadata", "`metadata` that are empty", PLAIN, _root_edit("metadata", {}))
-    for i, value in enumerate(({}, [], 1, {"w": b"a"})):
-        edit = _root_edit("keyed", value)
-        suite.invalid(f"KEY-001-keyed-{i}", "the reserved key `keyed`", PLAIN, edit, tags=["future"])
-    names = {"keyed": ["keyed"], "private": ["x-mine"], "empty-name": [""], "four": ["a", "aa", "b", "é"]}
+    names = {"later": ["later"], "private": ["x-mine"], "empty-name": [""], "four": ["a", "aa", "b", "é"]}
     for slug, features in names.items():
         edit = _root_edit("features", features)
         suite.invalid(f"FEA-001-{slug}", "an unknown feature", PLAIN, edit, tags=["future"])

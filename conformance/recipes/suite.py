@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from sfp_conformance import slow_reader
-from sfp_conformance.contents import NOT_CORE, Json, contents, features_of, result_contents
+from sfp_conformance.contents import (
+    NOT_CORE,
+    Json,
+    contents,
+    features_of,
+    looked_up_contents,
+    result_contents,
+)
 from sfp_conformance.finds import SECONDS, UNKNOWN
 from sfp_conformance.forge import Forge
 
@@ -43,6 +50,7 @@ class Case:
         in_force: limits of the reader that differ from the defaults.
         base: id of the file that is the base, if the file is a delta that is applied to a base; the contents
             are then those of the result.
+        keys: the keys that are looked up in the keyed tables of the file; the contents are then the answers.
     """
 
     id: str
@@ -58,6 +66,7 @@ class Case:
     flags: list[str] = field(default_factory=list)
     in_force: dict[str, int] = field(default_factory=dict)
     base: str | None = None
+    keys: list[bytes] | None = None
 
     @property
     def kind(self) -> str:
@@ -76,10 +85,10 @@ class Case:
 
     @property
     def roles(self) -> list[str]:
-        """The roles of the programs that it tests. A validator has no base."""
+        """The roles of the programs that it tests. A validator has no base and no keys."""
         if self.kind == "e":
             return ["writer"]
-        return ["reader", "validator"] if self.base is None else ["reader"]
+        return ["reader", "validator"] if self.base is None and self.keys is None else ["reader"]
 
     def manifest(self) -> Json:
         """Returns the entry in the manifest."""
@@ -99,6 +108,7 @@ class Case:
             "bytes": len(self.data),
             "sha256": hashlib.sha256(self.data).hexdigest(),
             **({} if self.base is None else {"base": f"cases/{self.base.split('-')[1]}/{self.base}.sfp"}),
+            **({} if self.keys is None else {"keys": [key.hex() for key in self.keys]}),
             **beside,
             "recipe": self.recipe,
             **({} if self.twin is None else {"twin": self.twin}),
@@ -235,6 +245,18 @@ class Suite:
         expected: Json = {"outcome": "accept"}
         case = Case(f"y-{name}", [], why, data, features_of(data), expected, self.recipe, base=base)
         case.contents, case.arrays = result_contents(data, self.cases[base].data)
+        return self.add(case, clauses)
+
+    def looked_up(self, name: str, why: str, data: bytes, keys: list[bytes], *clauses: str) -> str:
+        """Adds a file in whose keyed tables keys must be looked up. Returns its id.
+
+        Args:
+            name, why, data, clauses: as in `valid`.
+            keys: the keys.
+        """
+        expected: Json = {"outcome": "accept"}
+        case = Case(f"y-{name}", [], why, data, features_of(data), expected, self.recipe, keys=keys)
+        case.contents, case.arrays = looked_up_contents(data, keys)
         return self.add(case, clauses)
 
     def misfit(self, name: str, why: str, twin: str, data: bytes, base: str, tensor: str) -> str:

@@ -9,11 +9,23 @@ from typing import Any
 
 from . import slow_reader
 from .slow_reader.delta import result_of
+from .slow_reader.keyed import look_ups
 
 Json = dict[str, Any]
 
 # Features that lie outside the profile `core` (SPEC.md chapter 23).
-NOT_CORE = {"delta", "delta-parts", "uniform", "table", "narrow", "group-2", "scale", "multiplier", "windows"}
+NOT_CORE = {
+    "delta",
+    "delta-parts",
+    "keyed",
+    "uniform",
+    "table",
+    "narrow",
+    "group-2",
+    "scale",
+    "multiplier",
+    "windows",
+}
 SHOWN = 4  # elements shown at each end of an array
 
 
@@ -33,6 +45,13 @@ def result_contents(delta: bytes, base: bytes) -> tuple[Json, bytes]:
     file, under = slow_reader.read(delta), slow_reader.read(base)
     entries = {entry["name"]: entry for entry in under.root["tensors"]}
     return _described(file.root, result_of(file.root, file.tensors, entries, under.tensors))
+
+
+def looked_up_contents(data: bytes, keys: list[bytes]) -> tuple[Json, bytes]:
+    """Describes what look-ups of keys in all keyed tables of a file return, and joins the arrays."""
+    file = slow_reader.read(data)
+    found = look_ups(file.root, file.tensors, keys)
+    return _described(file.root, {name: ({}, tensor) for name, tensor in found.items()})
 
 
 def _described(root: Json, found: Mapping[str, tuple[Json, slow_reader.Tensor]]) -> tuple[Json, bytes]:

@@ -39,7 +39,7 @@ _KEYS = (
 )
 _OTHERS: tuple[Any, ...] = (0, "a", b"\0", [], {}, None, True, -1, 1.5, [[[[0]]]])
 _ROOT: tuple[tuple[str, Any], ...] = (("features", ["x-a"]), ("features", []), ("features", ["b", "a"]))
-_ROOT += (("keyed", {}), ("metadata", {}))
+_ROOT += (("keyed", []), ("keyed", {}), ("metadata", {}))
 # Preamble field -> size in bytes.
 _PREAMBLE = {"magic": 8, "major": 2, "minor": 2, "reserved": 4, "directory_offset": 8, "directory_length": 8}
 _PREAMBLE |= {"file_length": 8, "directory_crc": 4, "more_reserved": 16, "crc": 4}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sfpformat import __version__
 from sfpformat.decode.reader import SfpFile
@@ -20,6 +21,7 @@ from sfpformat.dtypes import DTYPES
 from sfpformat.encode.writer import Writer
 from sfpformat.engines import get_engine, require_name
 from sfpformat.errors import EngineError, FileFault, OptionError
+from sfpformat.keyed.table import KeyedTable
 from sfpformat.limits import DEFAULT_LIMITS, Limits
 from sfpformat.numpy import save
 from sfpformat.options import Exact, ImportanceOptions, Lossless, Options, Quantiser, Table, Uniform
@@ -63,6 +65,7 @@ class OwnDriver:
             "validate": own.validate,
             "decode": own.decode,
             "apply": own.apply,
+            "look-up": own.look_up,
             "encode": own.encode,
         }
         if question not in commands:
@@ -114,6 +117,23 @@ class OwnDriver:
                         Path(folder, f"{number}{SUFFIXES[what]}").write_bytes(data)
                     tensors.append({"name": name, "dtype": spec.dtype.name, "shape": list(spec.shape)})
                 return {"ok": True, "metadata": file.metadata(), "tensors": tensors}
+        except FileFault as error:
+            return _refusal(error)
+
+    def look_up(self, path: str, keys: str, folder: str) -> Json:
+        """Answers with the weights of keys in all keyed tables of a file. Writes the arrays into a folder."""
+        listed = [bytes.fromhex(line) for line in Path(keys).read_text("ascii").splitlines()]
+        try:
+            with SfpFile(path, limits=self.limits, engine=self.engine, threads=1) as file:
+                names, metadata = [table.name for table in file.directory.keyed], file.metadata()
+            tensors: list[Json] = []
+            for name in names:
+                table = KeyedTable.open(path, name, limits=self.limits, engine=self.engine)
+                for what, array in answers_of(table, listed).items():
+                    Path(folder, f"{len(tensors)}{SUFFIXES['values']}").write_bytes(array.tobytes())
+                    dtype = "BOOL" if array.dtype == np.bool_ else "F32"
+                    tensors.append({"name": what, "dtype": dtype, "shape": list(array.shape)})
+            return {"ok": True, "metadata": metadata, "tensors": tensors}
         except FileFault as error:
             return _refusal(error)
 
@@ -198,6 +218,15 @@ def _quantiser_of(choices: Json) -> Quantiser:
         if kind == plain.NAME:
             return plain()
     raise OptionError(f"a job's quantiser is {kind!r}, must be lossless, exact, uniform or table")
+
+
+def answers_of(table: KeyedTable, keys: list[bytes]) -> dict[str, NDArray[Any]]:
+    """Returns what a decoder writes for the keys of a keyed table."""
+    found = table.find(keys)
+    out: dict[str, NDArray[Any]] = {table.name: found.weights, f"{table.name}.known": found.known}
+    if found.importance is not None:
+        out[f"{table.name}.importance"] = found.importance
+    return out
 
 
 def described(file: SfpFile, name: str) -> Json:

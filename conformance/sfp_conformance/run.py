@@ -260,8 +260,12 @@ def _decoded(question: _Question, path: Path) -> Verdict:
     def written(name: str) -> bytes | None:
         return (out / name).read_bytes() if (out / name).is_file() else None
 
-    base = question.case.base
-    if base is None:
+    base, keys = question.case.base, question.case.keys
+    if keys is not None:
+        listed = question.folder / "keys.txt"
+        listed.write_text("".join(f"{key.hex()}\n" for key in keys), "ascii")
+        answer = question.ask("decoder", "look-up", path, listed, out)
+    elif base is None:
         answer = question.ask("decoder", "decode", path, out)
     else:
         own = question.folder / "base.sfp"

@@ -39,6 +39,7 @@ class Case:
         path: path of the file, or of the job.
         sha256: the SHA-256 of that file, as hex.
         base: path of the base to which the file, a delta, is applied; None if it is decoded alone.
+        keys: the keys that are looked up in the keyed tables of the file; None for other cases.
         limits: limits in force that differ from the defaults.
         seconds: time limit for an answer.
         memory: bytes that a program may use beyond its memory at rest; None for no limit.
@@ -67,6 +68,7 @@ class Case:
     not_canonical_by: tuple[str, ...]
     written: str | None
     base: Path | None = None
+    keys: tuple[bytes, ...] | None = None
 
     @property
     def level(self) -> int:
@@ -180,6 +182,7 @@ def _case(folder: Path, entry: Json) -> Case:
         not_canonical_by=tuple(canonical.get("clauses", ())),
         written=expected.get("written", {}).get("sha256"),
         base=folder / entry["base"] if "base" in entry else None,
+        keys=tuple(map(bytes.fromhex, entry["keys"])) if "keys" in entry else None,
     )
 
 

@@ -11,6 +11,7 @@ from ..names import quoted, unmatched
 from .console import bytes_words, counted, number, percent, printable, show_json, show_table
 from .delta_files import delta_of, kinds_of, words_of
 from .errors import CommandError, path_in_errors
+from .keyed_tables import keyed_of, table_json, table_words
 from .limit_option import add_limits, limits_of
 from .model_files import Model, open_model, sub_byte_of
 from .parser import Parser, Subparsers, examples
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
     if args.file is None:
         raise CommandError("name a file, or use --engines (see 'sfp info --help')")
-    with open_model(args.file, kind="sfp", deltas=True, limits=limits_of(args.limit)) as model:
+    with open_model(args.file, kind="sfp", deltas=True, keyed=True, limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
             raise CommandError(f"{args.file}: is a safetensors file; 'sfp pack' converts it to .sfp")
         reports = report_model(model)
@@ -139,6 +140,7 @@ def _show_json(model: Model, reports: list[TensorReport], totals: Totals) -> Non
             "shards": list(model.files) if model.sharded else [],
             "metadata": model.metadata(),
             "delta": None if delta_of(model) is None else _delta_json(model),
+            "keyed": [table_json(table) for table in keyed_of(model)],
             "totals": totals.to_json(),
             "tensors": [report.to_json() for report in reports],
         }
@@ -153,6 +155,8 @@ def _show(model: Model, reports: list[TensorReport], totals: Totals) -> None:
     if delta is not None:
         base = "" if delta.base is None else f" of {printable(quoted(delta.base))}"
         print(f"a delta{base}: {words_of(delta)}; the table shows the tensors that it stores")
+    for table in keyed_of(model):
+        print(f"keyed table {printable(quoted(table.name))}: {table_words(table)}")
     for key, value in model.metadata().items():
         print(f"metadata {printable(key)}: {printable(value[:200])}{' …' if len(value) > 200 else ''}")
     parts = ", ".join(

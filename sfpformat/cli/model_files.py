@@ -58,6 +58,7 @@ class Model(Closing):
         *,
         strict_index: bool = False,
         deltas: bool = False,
+        keyed: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Opens a file or an index. The contents determine the kind of a file, and its name if these do not.
@@ -68,13 +69,14 @@ class Model(Closing):
             path: path of the file or index, or the location of an `.sfp` file or its index.
             strict_index: whether an index that contradicts its files is an error.
             deltas: whether to open a delta; its tensors are those that it stores.
+            keyed: whether to open a file with keyed tables; their bit arrays are among its tensors.
             limits: limits on what an `.sfp` file may claim.
 
         Raises:
             CommandError: the file is not a model, or is damaged; or it is remote and not an `.sfp` file.
             OSError: the file cannot be read.
         """
-        self._deltas = deltas
+        self._deltas, self._keyed = deltas, keyed
         self.path, self._limits = path, limits
         self.strict_index = strict_index
         self.keeps_metadata = True
@@ -122,10 +124,15 @@ class Model(Closing):
         return "sfp"
 
     def _require_kind(self, file: SfpFile) -> None:
-        """Raises CommandError for a delta, unless the caller accepts deltas."""
+        """Raises CommandError for a delta or keyed tables, unless the caller accepts them."""
         if file.directory.delta is not None and not self._deltas:
             raise CommandError(
                 f"{self.path}: is a delta, not a model; 'sfp apply BASE {self.path}' makes the model"
+            )
+        if file.directory.keyed and not self._keyed:
+            raise CommandError(
+                f"{self.path}: has keyed tables, which this command would lose; "
+                "sfpformat.KeyedTable opens them"
             )
 
     def _open_shards(self) -> str:
@@ -349,6 +356,7 @@ def open_model(
     kind: str | None = None,
     strict_index: bool = False,
     deltas: bool = False,
+    keyed: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Model:
     """Opens a file, an index, or the only model of a folder.
@@ -356,7 +364,7 @@ def open_model(
     Args:
         path: path of the file, index or folder, or the URL of an `.sfp` model.
         kind: the kind to prefer if a folder has both, ``sfp`` or ``safetensors``.
-        strict_index, deltas: same as for `Model`.
+        strict_index, deltas, keyed: same as for `Model`.
         limits: limits on what an `.sfp` file may claim.
 
     Raises:
@@ -369,7 +377,7 @@ def open_model(
             found = model_path(found)
     if isinstance(found, Path) and found.is_dir():
         found = _find_model(found, kind)
-    return Model(found, strict_index=strict_index, deltas=deltas, limits=limits)
+    return Model(found, strict_index=strict_index, deltas=deltas, keyed=keyed, limits=limits)
 
 
 def add_strict_index(parser: argparse.ArgumentParser) -> None:

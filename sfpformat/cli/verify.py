@@ -151,6 +151,7 @@ def _as_json(path: FilePath, report: Report, delta: DeltaMap | None) -> dict[str
         "not_finite": report.not_finite,
         "kind": _kind(path, report),
         "delta": None if delta is None else kinds_of(delta),
+        "keyed": report.keyed,
         "error": None,
     }
 
@@ -186,4 +187,5 @@ def _show(path: FilePath, report: Report, delta: DeltaMap | None, with_notes: bo
         return
     canonical = "canonical" if report.canonical else "not canonical"
     what = counted(report.tensors, "tensor") if delta is None else f"a delta: {words_of(delta)}"
+    what += f", {counted(report.keyed, 'keyed table')}" if report.keyed else ""
     print(f"{name}: no faults, {canonical}; {what}, {bytes_words(report.bytes)}")

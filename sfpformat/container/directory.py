@@ -13,11 +13,12 @@ from .delta_map import FEATURE, DeltaMap
 from .delta_parts import PARTS_FEATURE
 from .entry import TensorEntry
 from .fields import Fields, place_of, require_absent, required, typed
+from .keyed_map import KEYED_FEATURE, KeyedMap, keyed_maps
 from .plain_entries import Outline, PlainTensors, looks_plain, plain_tensors
 from .preamble import SIZE
 
-KNOWN_FEATURES = (FEATURE, PARTS_FEATURE)  # SPEC.md 25.3
-_KNOWN_KEYS = frozenset(("tensors", "metadata", "features", "delta"))
+KNOWN_FEATURES = (FEATURE, PARTS_FEATURE, KEYED_FEATURE)  # SPEC.md 25.3
+_KNOWN_KEYS = frozenset(("tensors", "metadata", "features", "delta", "keyed"))
 # The least number of plain tensors for which checking them together is faster.
 _WORTH_COLUMNS = 8
 
@@ -65,6 +66,7 @@ class Directory:
         stored: bytes of the chunks of each tensor, in file order. None: they are computed from the entries.
         plain: the plain tensors in columns, if there are many; else None.
         delta: how the file differs from its base, or None if it is not a delta.
+        keyed: the keyed tables.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -74,6 +76,7 @@ class Directory:
     stored: list[int] | None = field(default=None, compare=False)
     plain: PlainTensors | None = field(default=None, compare=False)
     delta: DeltaMap | None = None
+    keyed: tuple[KeyedMap, ...] = ()
 
     def outline(self, name: str) -> Outline:
         """Returns the outline of a tensor. Does not create the entry of a plain tensor."""
@@ -95,6 +98,8 @@ class Directory:
             root["features"] = sorted(self.features, key=str.encode)
         if self.delta is not None:
             root["delta"] = self.delta.to_map()
+        if self.keyed:
+            root["keyed"] = [table.to_map() for table in self.keyed]
         return messagepack.encode(root)
 
     @classmethod
@@ -124,13 +129,7 @@ class Directory:
     def from_map(cls, root: Fields, chunks_end: int, limits: Limits) -> Directory:
         """Reads the root map of a directory. Same arguments and errors as `from_bytes`."""
         features = _features(root)
-        if "keyed" in root:
-            raise fault(
-                "R-KEY-001",
-                "the directory has keyed tables, which this version does not support",
-                offset=place_of(root, "keyed"),
-            )
-        source = _delta(root, features)
+        source, keyed = _delta(root, features), _keyed(root, features)
         metadata = _metadata(root)
         maps = _tensor_maps(root, limits)
         tensors, stored, plain = _in_columns(maps, limits) or _one_by_one(maps, limits)
@@ -141,7 +140,8 @@ class Directory:
         delta = None
         if source is not None:
             delta = DeltaMap.from_map(source, tensors, limits, parts=PARTS_FEATURE in features)
-        return cls(tensors, metadata, features, other, stored, plain, delta)
+        tables = () if keyed is None else keyed_maps(keyed, place_of(root, KEYED_FEATURE), tensors)
+        return cls(tensors, metadata, features, other, stored, plain, delta, tables)
 
     def offsets(self) -> dict[str, int]:
         """Returns name -> file offset of the tensor's first chunk (R-LAY-001)."""
@@ -247,6 +247,8 @@ def _features(root: Fields) -> tuple[str, ...]:
         if name not in KNOWN_FEATURES:
             words = f"the file needs the feature {name!r}, which this version does not support"
             raise fault("R-FEA-001", words, offset=at)
+    if FEATURE in names and KEYED_FEATURE in names:
+        raise fault("R-KEY-013", "a file with keyed tables cannot be a delta", offset=at)
     return tuple(names)
 
 
@@ -256,6 +258,14 @@ def _delta(root: Fields, features: tuple[str, ...]) -> Fields | None:
         return required(root, "delta", dict)
     require_absent(root, ("delta",), f"needs the feature {FEATURE!r}")
     return None
+
+
+def _keyed(root: Fields, features: tuple[str, ...]) -> list[object] | None:
+    """Returns the array `keyed`, which is present exactly with its feature."""
+    if KEYED_FEATURE not in features:
+        require_absent(root, (KEYED_FEATURE,), f"needs the feature {KEYED_FEATURE!r}")
+        return None
+    return required(root, KEYED_FEATURE, list)
 
 
 def _metadata(root: Fields) -> dict[str, str]:

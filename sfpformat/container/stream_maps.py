@@ -97,10 +97,10 @@ def quantiser_to_map(quantiser: Quantiser) -> dict[str, object]:
 def quantiser_from_map(source: Fields) -> Quantiser:
     """Reads the quantiser of a stream's map."""
     kind = word(source, "quantiser", tuple(QUANTISERS), "R-QNT-001")
-    return QUANTISERS[kind].from_map(_StreamMap(source))
+    return QUANTISERS[kind].from_map(StreamFields(source))
 
 
-class _StreamMap(NamedTuple):
+class StreamFields(NamedTuple):
     """The map of a stream, with the interface `StreamMap` of `coding.quantisers`."""
 
     source: Fields

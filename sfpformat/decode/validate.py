@@ -42,6 +42,7 @@ class Report:
         bytes: length of the file, in bytes.
         not_finite: tensor name -> number of weights that a lossy quantiser decodes to an infinity or a NaN.
             The format allows this, but the weights were finite before: the writer lost their values.
+        keyed: number of keyed tables.
     """
 
     faults: list[FileFault] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Report:
     tensors: int = 0
     bytes: int = 0
     not_finite: dict[str, int] = field(default_factory=dict)
+    keyed: int = 0
 
     @property
     def ok(self) -> bool:
@@ -100,6 +102,7 @@ def validate(
         return report
     with file, file.prefetch():
         report.bytes = file.preamble.file_length
+        report.keyed = len(file.directory.keyed)
         done = SIZE
         for name in file:
             entry = file.entry(name)
@@ -175,6 +178,7 @@ def _validate_model(path: FilePath, limits: Limits, engine: str | None, progress
         whole.notes += [note.replace("] ", f"] in {shard.name!r}: ", 1) for note in report.notes]
         whole.not_finite |= report.not_finite
         whole.tensors += report.tensors
+        whole.keyed += report.keyed
         before += size
     if progress is not None:
         progress(whole.bytes, whole.bytes)

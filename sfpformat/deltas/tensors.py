@@ -109,7 +109,15 @@ class FileTensors:
     """The tensors of an open `.sfp` file, or of a model in shards."""
 
     def __init__(self, file: SfpFile | ShardedFile) -> None:
+        """Reads the directory.
+
+        Raises:
+            OptionError: the file has keyed tables, which a delta cannot describe (R-KEY-013).
+        """
         self._file = file
+        files = [file] if isinstance(file, SfpFile) else file.files.values()
+        if any(one.directory.keyed for one in files):
+            raise OptionError("the model has keyed tables, which a delta cannot describe")
         entries = ((name, file.entry(name)) for name in file)
         self.specs = {name: Spec(entry.dtype, entry.shape) for name, entry in entries}
 

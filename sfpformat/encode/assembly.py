@@ -13,6 +13,7 @@ from ..container.delta_map import FEATURE, DeltaMap
 from ..container.delta_parts import PARTS_FEATURE
 from ..container.directory import Directory
 from ..container.entry import CHUNK_RECORD, TensorEntry
+from ..container.keyed_map import KEYED_FEATURE, KeyedMap
 from ..container.messagepack import depth_of
 from ..container.preamble import SIZE, Preamble
 from ..io.checksum import crc32
@@ -47,6 +48,7 @@ class Assembly:
         entries: the entries of the tensors written so far, by name, including those of an earlier, resumed
             writer.
         delta: what makes the file a delta, or None.
+        keyed: the keyed tables.
         sink: where the file's bytes go.
         is_whole: False while a tensor is partly written.
     """
@@ -64,6 +66,7 @@ class Assembly:
         if isinstance(self.sink, ResumableSink):
             self.entries = {entry.name: entry for entry in self.sink.entries}
         self.delta: DeltaMap | None = None
+        self.keyed: tuple[KeyedMap, ...] = ()
         self.is_whole = True
 
     def write(self, encoded: Encoded) -> TensorEntry:
@@ -116,7 +119,9 @@ class Assembly:
         features: tuple[str, ...] = () if self.delta is None else (FEATURE,)
         if self.delta is not None and self.delta.separator is not None:
             features = (FEATURE, PARTS_FEATURE)
-        directory = Directory(self.entries, self._metadata, features, delta=self.delta)
+        if self.keyed:
+            features = (*features, KEYED_FEATURE)
+        directory = Directory(self.entries, self._metadata, features, delta=self.delta, keyed=self.keyed)
         offset = SIZE + sum(entry.stored_bytes for entry in self.entries.values())
         data = directory.to_bytes()
         self._limits.require_written("directory_bytes", len(data), "the file")

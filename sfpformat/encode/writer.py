@@ -23,6 +23,7 @@ from ..coding.bits import Bytes
 from ..coding.mask import Mask
 from ..container.delta_map import DeltaMap
 from ..container.entry import TensorEntry
+from ..container.keyed_map import KeyedMap
 from ..dtypes import Dtype
 from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, OptionError, SfpError
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 # Larger tensors, in bytes, are encoded while they are written, so that their chunks do not wait in memory.
 _ENCODED_WHOLE = 1 << 24
+# Bytes per chunk of a bit array: a look-up of one key compares the checksums of at most eight chunks.
+KEYED_SEGMENT = 1 << 14
 
 
 class Writer:
@@ -316,6 +319,29 @@ class Writer:
     def set_delta(self, delta: DeltaMap) -> None:
         """Makes the file a delta. The map must describe the tensors that the file has when it is closed."""
         self._file.delta = delta
+
+    def add_keyed(self, keyed: KeyedMap, bits: Bytes) -> TensorEntry:
+        """Writes the bit array of a keyed table (SPEC.md chapter 17).
+
+        `sfpformat.KeyedTable.write` calls this function.
+
+        Args:
+            keyed: the table. No other table of the file has its name or the name of its bit array.
+            bits: the bit array, of `KeyedMap.array_bytes`.
+
+        Returns:
+            The entry of the bit array in the directory.
+
+        Raises:
+            OptionError: a name is taken.
+            OSError, ClosedFileError, SfpError: as in `add`.
+        """
+        if keyed.name in {table.name for table in self._file.keyed}:
+            raise OptionError(f"the keyed table {quoted(keyed.name)} was already written")
+        options = Options(coding="raw", segment=KEYED_SEGMENT, chunk=KEYED_SEGMENT)
+        entry = self.add(keyed.bits, bits, options)
+        self._file.keyed = (*self._file.keyed, keyed)
+        return entry
 
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
         """Copies an encoded tensor from another file without encoding it again.

@@ -17,6 +17,8 @@ from ..coding.classes import Histogram, Layout
 from ..coding.codetable import CodeTable
 from ..coding.counts import Costs, Rows
 from ..coding.exact_encoding import Patterns
+from ..coding.keyed.hashing import Keys
+from ..coding.keyed.rows import FoundRows, RowCode
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, Levels, Planes, StreamSpan
 from ..coding.quantisers import F32
@@ -224,6 +226,17 @@ class Engine(Protocol):
 
     def write_changes(self, elements: Patterns, positions: NDArray[np.uint32], values: Patterns) -> None:
         """Implements `coding.changes.write_changes`."""
+
+    def hash_keys(self, keys: Keys, seed: int) -> NDArray[np.uint32]:
+        """Implements `coding.keyed.hashing.hash_keys`."""
+
+    def decode_rows(self, code: RowCode, bits: Bytes, positions: NDArray[np.int64]) -> FoundRows:
+        """Implements `coding.keyed.rows.decode_rows`."""
+
+    def solve_rows(
+        self, positions: NDArray[np.int64], sizes: NDArray[np.int64], rows: Bytes, free: Bytes
+    ) -> Bytes | None:
+        """Implements `coding.keyed.equations.solve_rows`."""
 
     def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Any:
         """Returns the data that `decode_runs` needs for a tensor; None if the engine has no fast path for it.

@@ -19,6 +19,9 @@ from ..coding.changes import (
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
 from ..coding.exact_encoding import count_exact, encode_exact, exact_zeros
+from ..coding.keyed.equations import solve_rows
+from ..coding.keyed.hashing import hash_keys
+from ..coding.keyed.rows import decode_rows
 from ..coding.magnitudes import few_magnitudes, translate
 from ..coding.mask import chosen, encode_mask, survivors
 from ..coding.planes import Counts, decode_levels, encode_levels
@@ -41,6 +44,7 @@ __all__ = [
     "count_symbols",
     "crc32_with",
     "decode_levels",
+    "decode_rows",
     "decode_runs",
     "encode_exact",
     "encode_levels",
@@ -48,11 +52,13 @@ __all__ = [
     "exact_zeros",
     "few_magnitudes",
     "find_changes",
+    "hash_keys",
     "lengths_of_codes",
     "make_recipe",
     "name",
     "place_changes",
     "plan_plain",
+    "solve_rows",
     "survey_dense",
     "survivors",
     "translate",

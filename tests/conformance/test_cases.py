@@ -21,6 +21,7 @@ from ..support.conformance_cases import (
     encoded,
     expected_contents,
     limits_of,
+    looked_up,
     read_contents,
     refusal,
     wrong_refusal,
@@ -34,7 +35,7 @@ AREAS = sorted({case["id"].split("-")[1] for case in cases("ynihf")})
 def test_reader_and_validator_give_the_verdict_of_the_manifest(area: str) -> None:
     for case in (case for case in cases("ynihf") if case["id"].split("-")[1] == area):
         data, limits = data_of(case), limits_of(case)
-        if "base" in case:
+        if "base" in case or "keys" in case:
             continue
         report = validate(data, limits=limits, engine="python")
         if case["expected"]["outcome"] == "accept":
@@ -61,6 +62,14 @@ def test_deltas_give_the_results_of_the_manifest_and_leave_a_wrong_base_unchange
         error = raised.value
         wrong = wrong_refusal(case, error.code, error.clause, error.tensor, error.offset)
         assert wrong is None, wrong
+
+
+@pytest.mark.parametrize("engine", ["python", "numba"])
+def test_look_ups_in_keyed_tables_give_the_answers_of_the_manifest(engine: str) -> None:
+    with_keys = [case for case in cases("y") if "keys" in case]
+    assert len(with_keys) > 5
+    for case in with_keys:
+        assert looked_up(case, engine) == expected_contents(case), case["id"]
 
 
 def test_the_validator_reports_canonical_form_and_the_broken_clauses() -> None:
@@ -94,10 +103,11 @@ def test_the_reader_in_c_gives_the_verdict_of_the_manifest(tmp_path: Path) -> No
     for case in cases("ynihf"):
         reader = readers.reader(limits_of(case))
         base = (FOLDER / case["base"]).read_bytes() if "base" in case else None
-        answer = reader.ask("validate" if base is None else "apply", data_of(case), base)
+        command = "look-up" if "keys" in case else "validate" if base is None else "apply"
+        answer = reader.ask(command, data_of(case), base, case.get("keys"))
         if case["expected"]["outcome"] == "accept":
             assert answer["ok"], (case["id"], answer)
-            if base is not None:
+            if command != "validate":
                 for number, tensor in enumerate(expected_contents(case)["tensors"]):
                     kept = {"": tensor, "mask.": tensor.get("mask"), "importance.": tensor.get("importance")}
                     for what, array in kept.items():

@@ -89,7 +89,7 @@ def test_every_value_of_another_type_is_refused() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("features", "keyed"),
+        ("features", "delta"),
         ("features", [1]),
         ("metadata", ["a"]),
         ("metadata", {"a": 1}),
@@ -175,7 +175,7 @@ def test_unknown_keys_are_returned_to_the_user(where: str) -> None:
         assert kept == UNKNOWN
 
 
-@clauses("R-DIR-006", "R-FEA-003", "R-KEY-001")
+@clauses("R-DIR-006", "R-FEA-003")
 def test_the_writer_writes_the_keys_and_words_of_the_document_and_no_other() -> None:
     forge = Forge.of(everything())
     known = {
@@ -394,15 +394,6 @@ def test_vectors_of_anything_but_one_record_are_refused(size: int) -> None:
         part.entry["vectors"] = records[:size]
 
     refused("R-TEN-012", edit, everything(), tensor="coded")
-
-
-@clauses("R-KEY-001")
-@pytest.mark.parametrize("value", [{}, [], 1])
-def test_keyed_tables_are_refused(value: object) -> None:
-    def edit(file: Forge) -> None:
-        file.root["keyed"] = value
-
-    refused("R-KEY-001", edit, everything())
 
 
 def tiny(dtype: str, level: int, **streams: Any) -> Part:

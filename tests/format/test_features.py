@@ -22,7 +22,7 @@ from ..support.forge import accepted, refused
 
 
 @clauses("R-FEA-001")
-@pytest.mark.parametrize("names", [["keyed"], ["x-mine"], ["", "a"], ["a", "aa", "b", "é"]])
+@pytest.mark.parametrize("names", [["later"], ["x-mine"], ["", "a"], ["a", "aa", "b", "é"]])
 def test_a_file_with_a_feature_is_refused_and_the_feature_named(names: list[str]) -> None:
     def edit(file: Forge) -> None:
         file.root["features"] = names

@@ -19,7 +19,9 @@ from .clauses import ROOT
 
 FOLDER = ROOT / "tests" / "engines"
 RECORD = FOLDER / "bounds_checked.txt"
-CHECKED = tuple(FOLDER / f"test_numba_{part}.py" for part in ("changes", "encode", "decode", "windows"))
+CHECKED = tuple(
+    FOLDER / f"test_numba_{part}.py" for part in ("changes", "encode", "decode", "windows", "keyed")
+)
 
 
 def sources_digest() -> str:

@@ -38,8 +38,10 @@ class Reader:
     process: subprocess.Popen[str]
     folder: Path
 
-    def ask(self, command: str, data: bytes, base: bytes | None = None) -> Answer:
-        """The program's answer to `validate`, `decode` or `apply` for a file with these bytes, and a base."""
+    def ask(
+        self, command: str, data: bytes, base: bytes | None = None, keys: list[str] | None = None
+    ) -> Answer:
+        """The program's answer to a command for a file with these bytes, with a base or hexadecimal keys."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         path = self.folder / "file.sfp"
@@ -49,6 +51,10 @@ class Reader:
             other = self.folder / "base.sfp"
             other.write_bytes(base)
             words.append(str(other))
+        if keys is not None:
+            listed = self.folder / "keys.txt"
+            listed.write_text("".join(f"{key}\n" for key in keys), "ascii")
+            words.append(str(listed))
         words += [] if command == "validate" else [str(self.folder)]
         self.process.stdin.write("\t".join(words) + "\n")
         self.process.stdin.flush()

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sfp_conformance.contents import array
-from sfp_conformance.own import OwnDriver
+from sfp_conformance.own import OwnDriver, answers_of
 
 import sfpformat
 from sfpformat.deltas.applying import apply_delta
 from sfpformat.deltas.result import DeltaFile
 from sfpformat.errors import FileFault
+from sfpformat.keyed.table import KeyedTable
 from sfpformat.limits import Limits
 
 from .clauses import ROOT
@@ -124,6 +125,19 @@ def applied(case: Case) -> Any:
         assert tensor["sha256"] == array(tensor["dtype"], own.shape, own.tobytes())["sha256"], case["id"]
     assert not target, case["id"]
     return found
+
+
+def looked_up(case: Case, engine: str = "python") -> Any:
+    """Returns what look-ups of the keys of a case give, in the form of `expected_contents`."""
+    keys = [bytes.fromhex(key) for key in case["keys"]]
+    data, tensors = data_of(case), []
+    with sfpformat.SfpFile(data, engine=engine) as file:
+        names, metadata = [table.name for table in file.directory.keyed], file.metadata()
+    for name in names:
+        for what, found in answers_of(KeyedTable.open(data, name, engine=engine), keys).items():
+            dtype = "BOOL" if found.dtype == "bool" else "F32"
+            tensors.append({"name": what, **array(dtype, found.shape, found.tobytes())})
+    return {"metadata": metadata, "tensors": tensors}
 
 
 def _code_of(read: Callable[[], object]) -> str | None:

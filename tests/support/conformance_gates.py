@@ -61,6 +61,9 @@ UNBREAKABLE: dict[str, str] = {
     "R-RAW-001": "about results",
     "R-DLT-013": "about results",
     "R-DLT-021": "about results",
+    "R-KEY-014": "about results",
+    "R-KEY-015": "about results",
+    "R-KEY-016": "about results",
     "R-LIM-001": "files beyond it break R-LIM-002",
 } | {f"R-CAN-{i:03}": "a file that is not canonical must be accepted" for i in range(1, 12)}
 
@@ -128,6 +131,11 @@ BORDERS: dict[str, tuple[set[int], dict[str, set[int]]]] = {
     "block": ({1, 2**24}, {"R-DLT-005": {0, 2**24 + 1, 2**64 - 1}}),
     "kind": ({0, 1, 2, 3, 4}, {"R-DLT-003": {5, 255}}),
     "mask of a structure": ({0, 1}, {"R-DLT-019": {2, 2**64 - 1}}),
+    "outputs": ({1, 4096}, {"R-KEY-004": {0, 4097, 2**64 - 1}}),
+    "seed": ({0, 2**32 - 1}, {"R-KEY-005": {2**32, 2**64 - 1}}),
+    "segment of a keyed table": ({8}, {"R-KEY-006": {0, 4, 96, 2**25, 2**64 - 1}}),
+    "starts": ({8}, {"R-KEY-006": {0, 32, 65, 2**32 + 64}}),
+    "checks": ({0, 32}, {"R-KEY-010": {33}}),
 }
 
 
@@ -143,6 +151,10 @@ def values_of(data: bytes) -> Iterator[tuple[str, int]]:
         maps = root["delta"].get("structures", [])
         structures = [map_ for map_ in maps if isinstance(map_, dict)] if isinstance(maps, list) else []
         yield from (("mask of a structure", map_["mask"]) for map_ in structures if "mask" in map_)
+    for table in root.get("keyed", []):
+        yield from ((key, table[key]) for key in ("outputs", "seed", "starts"))
+        yield "segment of a keyed table", table["segment"]
+        yield from (("checks", bits) for bits in table["checks"])
     pos = 64
     for entry in root["tensors"]:
         yield from _entry_values(entry)

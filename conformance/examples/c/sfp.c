@@ -117,7 +117,18 @@
     X(R_RAW_002, "R-RAW-002", SFP_E_LAYOUT)                                                                    \
     X(R_RAW_003, "R-RAW-003", SFP_E_RESERVED)                                                                  \
     X(R_RAW_004, "R-RAW-004", SFP_E_RANGE)                                                                     \
-    X(R_KEY_001, "R-KEY-001", SFP_E_FEATURE)                                                                   \
+    X(R_KEY_002, "R-KEY-002", SFP_E_RANGE)                                                                     \
+    X(R_KEY_003, "R-KEY-003", SFP_E_ENCODING)                                                                  \
+    X(R_KEY_004, "R-KEY-004", SFP_E_RANGE)                                                                     \
+    X(R_KEY_005, "R-KEY-005", SFP_E_RANGE)                                                                     \
+    X(R_KEY_006, "R-KEY-006", SFP_E_RANGE)                                                                     \
+    X(R_KEY_007, "R-KEY-007", SFP_E_RANGE)                                                                     \
+    X(R_KEY_008, "R-KEY-008", SFP_E_FEATURE)                                                                   \
+    X(R_KEY_009, "R-KEY-009", SFP_E_RANGE)                                                                     \
+    X(R_KEY_010, "R-KEY-010", SFP_E_RANGE)                                                                     \
+    X(R_KEY_011, "R-KEY-011", SFP_E_LAYOUT)                                                                    \
+    X(R_KEY_012, "R-KEY-012", SFP_E_LAYOUT)                                                                    \
+    X(R_KEY_013, "R-KEY-013", SFP_E_FEATURE)                                                                   \
     X(R_LIM_002, "R-LIM-002", SFP_E_LIMIT)                                                                     \
     X(R_FEA_001, "R-FEA-001", SFP_E_FEATURE)                                                                   \
     X(R_FEA_002, "R-FEA-002", SFP_E_ENCODING)                                                                  \
@@ -1485,8 +1496,22 @@ typedef struct delta {
     bool parts; /* whether the file has the feature `delta-parts` */
 } delta;
 
+/* A keyed table (chapter 17). */
+typedef struct keyed_table {
+    sfp_span name;
+    size_t bits; /* number of the tensor with the bit array */
+    uint64_t keys, outputs, seed, segment, starts;
+    stream gaps, levels, importance; /* without gaps if it has one output */
+    const uint8_t *checks;
+    const uint8_t *centroids; /* with the quantiser `table` */
+    uint64_t array_bytes;
+} keyed_table;
+
 struct sfp_file {
     delta delta;
+    keyed_table *tables;
+    size_t table_count;
+    bool keyed; /* whether the file has the feature `keyed` */
     const uint8_t *bytes;
     sfp_span directory;
     uint64_t directory_offset;
@@ -1596,11 +1621,12 @@ static bool read_preamble(sfp_file *file, size_t length, sfp_fault *fault)
     return true;
 }
 
-/* Checks `features`: version 1.0 defines `delta` and `delta-parts` (chapter 21). */
-static bool check_features(const directory *d, const value *features, bool *is_delta, bool *has_parts)
+/* Checks `features`: version 1.0 defines `delta`, `delta-parts` and `keyed` (chapter 21). */
+static bool check_features(const directory *d, const value *features, bool *is_delta, bool *has_parts, bool *is_keyed)
 {
     *is_delta = false;
     *has_parts = false;
+    *is_keyed = false;
     if (!has(features)) {
         return true;
     }
@@ -1622,6 +1648,8 @@ static bool check_features(const directory *d, const value *features, bool *is_d
             *is_delta = true;
         } else if (span_is(before, "delta-parts")) {
             *has_parts = true;
+        } else if (span_is(before, "keyed")) {
+            *is_keyed = true;
         } else {
             unknown = before;
         }
@@ -1630,7 +1658,8 @@ static bool check_features(const directory *d, const value *features, bool *is_d
         return refuse_at(d, R_DIR_004, features->at, "an empty list of features");
     }
     if (unknown.bytes == NULL) {
-        return true;
+        return !(*is_delta && *is_keyed) ||
+               refuse_at(d, R_KEY_013, features->at, "a file with keyed tables cannot be a delta");
     }
     refuse_at(d, R_FEA_001, features->at, "an unknown feature");
     d->fault->feature = unknown;
@@ -1739,14 +1768,14 @@ static bool read_entries(sfp_file *file, const directory *d, const value *tensor
     return true;
 }
 
-/* Reads and checks the root without the tensor entries and the map of a delta. Sets `tensors` to the array of entries
- * and `map` to that map. */
-static bool read_root(sfp_file *file, const directory *d, value *tensors, value *map)
+/* Reads and checks the root without the tensor entries, the map of a delta and the maps of keyed tables. Sets
+ * `tensors` to the array of entries, `map` to the first map, and `keyed` to the array of the others. */
+static bool read_root(sfp_file *file, const directory *d, value *tensors, value *map, value *keyed)
 {
-    value root, features, keyed;
-    const value *own[] = {map};
+    value root, features;
+    const value *own[] = {map}, *tables[] = {keyed};
     const field fields[] = {{"features", &features},
-                            {"keyed", &keyed},
+                            {"keyed", keyed},
                             {"metadata", &file->metadata},
                             {"tensors", tensors},
                             {"delta", map}};
@@ -1758,14 +1787,14 @@ static bool read_root(sfp_file *file, const directory *d, value *tensors, value 
         return refuse_at(d, R_DIR_001, 0, "the directory is not a map");
     }
     read_fields(d, &root, fields, sizeof fields / sizeof fields[0]);
-    if (!check_features(d, &features, &file->delta.present, &file->delta.parts)) {
+    if (!check_features(d, &features, &file->delta.present, &file->delta.parts, &file->keyed)) {
         return false;
     }
     if (!(file->delta.present ? require(d, map, MAP) : absent(d, own, 1))) {
         return false;
     }
-    if (has(&keyed)) {
-        return refuse_at(d, R_KEY_001, keyed.at, "the root has the reserved key keyed");
+    if (!(file->keyed ? require(d, keyed, ARRAY) : absent(d, tables, 1))) {
+        return false;
     }
     if (!check_metadata(d, &file->metadata, &file->metadata_end) || !require(d, tensors, ARRAY)) {
         return false;
@@ -2442,13 +2471,263 @@ static sfp_status read_delta(sfp_file *file, const directory *d, const value *ma
     return status;
 }
 
+/* ---------------------------------------------------------------------------------- the maps of keyed tables */
+
+enum { MAX_OUTPUTS = 4096, MAX_CHECK_BITS = 32, PLACES = 4 };
+
+/* Reads a code table of a keyed table (17.1). */
+static bool read_one_code(const directory *d, const stream_map *m, uint64_t bound_less_one, stream *s)
+{
+    if (!read_code_table(d, m, bound_less_one, &s->table)) {
+        return false;
+    }
+    s->present = true;
+    return (s->table.group == 1 && s->table.codes <= 1 && s->table.window == 0) ||
+           refuse_at(d, R_KEY_007, m->group.at, "a keyed table has pairs, several codes, or windows");
+}
+
+/* Checks the centroids of a keyed table. */
+static bool check_keyed_centroids(const directory *d, const value *centroids, uint64_t count)
+{
+    bool good = centroids->number == 4 * count;
+    uint32_t before = 0;
+    for (uint64_t i = 0; good && i < count; i++) {
+        uint32_t bits = load32(d->bytes + centroids->content + 4 * i);
+        good = bits < DTYPES[F32].nonfinite && (i == 0 || bits > before); /* false with the sign bit set */
+        before = bits;
+    }
+    return good || refuse_at(d, R_KEY_009, centroids->at, "the centroids do not fit, or do not ascend");
+}
+
+/* Reads and checks the map `levels`. */
+static bool read_keyed_levels(const directory *d, const value *map, keyed_table *t)
+{
+    stream_map m;
+    value centroids;
+    const field fields[] = {{"centroids", &centroids}};
+    const value *others[] = {&centroids};
+    read_stream_map(d, map, &m);
+    read_fields(d, map, fields, 1);
+    m.dtype.kind = m.trim.kind = NOTHING; /* keys that this map does not define */
+    if (!require(d, &m.quantiser, STRING)) {
+        return false;
+    }
+    if (span_is(span_of(d, &m.quantiser), "uniform")) {
+        t->levels.quantiser = UNIFORM;
+        if (!read_uniform(d, &m, &t->levels) || !absent(d, others, 1) ||
+            !read_one_code(d, &m, UINT32_MAX, &t->levels)) {
+            return false;
+        }
+        return is_finite(multiply((float)(uint32_t)(t->levels.table.last / 2), t->levels.step)) ||
+               refuse_at(d, R_QNT_006, m.step.at, "the step times the greatest magnitude number is not finite");
+    }
+    if (!span_is(span_of(d, &m.quantiser), "table")) {
+        return refuse_at(d, R_KEY_008, m.quantiser.at, "the quantiser is neither uniform nor table");
+    }
+    t->levels.quantiser = TABLE;
+    if (!read_table(d, &m, &t->levels) || !require(d, &centroids, BINARY) ||
+        !read_one_code(d, &m, 2 * t->levels.centroids - 1, &t->levels)) {
+        return false;
+    }
+    t->centroids = d->bytes + centroids.content;
+    return check_keyed_centroids(d, &centroids, t->levels.centroids);
+}
+
+/* Reads and checks the map `importance` of a keyed table. */
+static bool read_keyed_importance(const directory *d, const value *map, keyed_table *t)
+{
+    stream_map m;
+    if (!require(d, map, MAP)) {
+        return false;
+    }
+    read_stream_map(d, map, &m);
+    m.dtype.kind = m.trim.kind = m.count.kind = NOTHING;
+    if (!read_uniform(d, &m, &t->importance) || !read_one_code(d, &m, UINT32_MAX >> 1, &t->importance)) {
+        return false;
+    }
+    return is_finite(multiply((float)(uint32_t)t->importance.table.last, t->importance.step)) ||
+           refuse_at(d, R_IMP_006, m.step.at, "the step times the greatest level is not finite");
+}
+
+/* Returns the greatest number of bits of a codeword and its residual. */
+static uint64_t most_bits_of(const directory *d, const stream *s)
+{
+    size_t at = s->table.codes_at;
+    uint64_t most = 0;
+    value code;
+    bool coded = s->present && s->table.codes == 1 && next_value(d, &at, &code);
+    for (size_t c = 0; s->present && c < s->table.classes; c++) {
+        uint64_t bits = s->table.extra[c] + (coded ? code_length(d->bytes + code.content, c) : 0);
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
+/* Reads and checks the numbers of a keyed table. */
+static bool read_keyed_numbers(const directory *d, const value *map, keyed_table *t)
+{
+    value keys, outputs, seed, segment, starts;
+    const field fields[] = {
+        {"keys", &keys}, {"outputs", &outputs}, {"seed", &seed}, {"segment", &segment}, {"starts", &starts}};
+    read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
+    if (!require(d, &keys, UNSIGNED) || !require(d, &outputs, UNSIGNED) || !require(d, &seed, UNSIGNED) ||
+        !require(d, &segment, UNSIGNED) || !require(d, &starts, UNSIGNED)) {
+        return false;
+    }
+    if (outputs.number < 1 || outputs.number > MAX_OUTPUTS) {
+        return refuse_at(d, R_KEY_004, outputs.at, "outputs is not from 1 to 4,096");
+    }
+    if (seed.number > UINT32_MAX) {
+        return refuse_at(d, R_KEY_005, seed.at, "the seed is not below 2^32");
+    }
+    uint64_t z = segment.number;
+    if (z < 8 || z > UINT64_C(1) << 24 || (z & (z - 1)) != 0) {
+        return refuse_at(d, R_KEY_006, segment.at, "segment is not a power of two from 8 to 2^24");
+    }
+    if (starts.number < z || starts.number > UINT64_C(1) << 32 || starts.number % z != 0) {
+        return refuse_at(d, R_KEY_006, starts.at, "starts is not a multiple of segment up to 2^32");
+    }
+    t->keys = keys.number;
+    t->outputs = outputs.number;
+    t->seed = seed.number;
+    t->segment = z;
+    t->starts = starts.number;
+    return true;
+}
+
+/* Reads and checks a map of `keyed` against itself. Sets `bits` to the name of the bit array. */
+static bool read_keyed_map(const directory *d, const value *map, keyed_table *t, value *bits)
+{
+    value name, gaps, levels, checks, importance;
+    const field fields[] = {{"name", &name},     {"bits", bits},     {"gaps", &gaps},
+                            {"levels", &levels}, {"checks", &checks}, {"importance", &importance}};
+    const value *one[] = {&gaps};
+    read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
+    if (!require(d, &name, STRING) || !require(d, bits, STRING) || !read_keyed_numbers(d, map, t)) {
+        return false;
+    }
+    t->name = span_of(d, &name);
+    if (name.number == 0) {
+        return refuse_at(d, R_TEN_002, name.at, "the name of a keyed table is empty");
+    }
+    if (t->outputs == 1 && !absent(d, one, 1)) {
+        return false;
+    }
+    if (t->outputs > 1) {
+        stream_map m;
+        if (!require(d, &gaps, MAP)) {
+            return false;
+        }
+        read_stream_map(d, &gaps, &m);
+        if (!read_one_code(d, &m, t->outputs, &t->gaps)) {
+            return false;
+        }
+    }
+    if (!require(d, &levels, MAP) || !read_keyed_levels(d, &levels, t) || !require(d, &checks, BINARY) ||
+        (has(&importance) && !read_keyed_importance(d, &importance, t))) {
+        return false;
+    }
+    unsigned most = 0;
+    t->checks = d->bytes + checks.content;
+    for (uint64_t i = 0; i < checks.number; i++) {
+        most = t->checks[i] > most ? t->checks[i] : most;
+    }
+    if (checks.number != t->levels.table.classes || most > MAX_CHECK_BITS) {
+        return refuse_at(d, R_KEY_010, checks.at, "checks has not one byte of at most 32 for each class");
+    }
+    uint64_t each = most_bits_of(d, &t->gaps) + most_bits_of(d, &t->levels);
+    uint64_t row = t->outputs * each + most_bits_of(d, &t->importance) + most;
+    t->array_bytes = 8 * divide_up(t->starts + 3 * t->segment + row, 64) + 8;
+    return true;
+}
+
+/* Finds and checks the bit array of a keyed table. */
+static bool find_bits(const sfp_file *file, const directory *d, const value *bits, const numbered_name *names,
+                      keyed_table *t)
+{
+    entry e;
+    t->bits = number_of_name(names, file->tensor_count, span_of(d, bits));
+    if (t->bits == SIZE_MAX) {
+        return refuse_at(d, R_KEY_011, bits->at, "there is no such tensor for a bit array");
+    }
+    if (!read_entry(d, file->tensors[t->bits].entry, &e)) {
+        return false;
+    }
+    bool fits = strcmp(e.told.dtype, "U8") == 0 && !e.told.fingerprint && e.told.rank == 1 &&
+                e.told.shape[0] == t->array_bytes && e.segment * e.chunk % 64 == 0;
+    if (!fits) {
+        refuse_at(d, R_KEY_011, bits->at, "the bit array has another dtype, coding, shape, or size of chunks");
+        d->fault->tensor = e.told.name;
+    }
+    return fits;
+}
+
+/* Reads and checks the array `keyed` (17.1). `names` are the sorted names of the file's tensors. */
+static bool read_tables(sfp_file *file, const directory *d, const value *keyed, const numbered_name *names,
+                        numbered_name *own, uint8_t *used)
+{
+    size_t at = keyed->content;
+    for (size_t i = 0; i < file->table_count; i++) {
+        keyed_table *t = &file->tables[i];
+        value map, bits;
+        if (!next_value(d, &at, &map)) {
+            return false;
+        }
+        if (map.kind != MAP) {
+            return refuse_at(d, R_DIR_003, map.at, "an element of keyed is not a map");
+        }
+        if (!read_keyed_map(d, &map, t, &bits)) {
+            return false;
+        }
+        own[i].name = t->name;
+        own[i].number = i;
+        size_t number = number_of_name(names, file->tensor_count, span_of(d, &bits));
+        if (number != SIZE_MAX && used[number]++ != 0) {
+            return refuse_at(d, R_KEY_012, bits.at, "two keyed tables have one bit array");
+        }
+        if (!find_bits(file, d, &bits, names, t)) {
+            return false;
+        }
+    }
+    sort_names(own, file->table_count);
+    for (size_t i = 1; i < file->table_count; i++) {
+        if (compare_spans(own[i - 1].name, own[i].name) == 0) {
+            return refuse_at(d, R_KEY_003, keyed->at, "two keyed tables have the same name");
+        }
+    }
+    return true;
+}
+
+/* Allocates the keyed tables, reads and checks them. */
+static sfp_status read_keyed(sfp_file *file, const directory *d, const value *keyed, const numbered_name *names)
+{
+    const sfp_allocator *a = &file->allocator;
+    if (keyed->number == 0) {
+        refuse_at(d, R_KEY_002, keyed->at, "keyed has no tables");
+        return SFP_REFUSED;
+    }
+    file->tables = allocate(a, keyed->number, sizeof *file->tables);
+    numbered_name *own = allocate(a, keyed->number, sizeof *own);
+    uint8_t *used = allocate(a, file->tensor_count, 1);
+    sfp_status status = SFP_NO_MEMORY;
+    if (file->tables != NULL && own != NULL && used != NULL) {
+        file->table_count = (size_t)keyed->number;
+        memset(file->tables, 0, file->table_count * sizeof *file->tables);
+        memset(used, 0, file->tensor_count);
+        status = read_tables(file, d, keyed, names, own, used) ? SFP_OK : SFP_REFUSED;
+    }
+    release(a, own);
+    release(a, used);
+    return status;
+}
+
 /* Reads and checks the directory (chapters 6 and 7). The memory is proportional to the number of entries, whose
  * encoding has been checked before. */
 static sfp_status read_directory(sfp_file *file, sfp_fault *fault)
 {
     directory d = directory_of(file, fault);
-    value tensors, map;
-    if (!read_root(file, &d, &tensors, &map)) {
+    value tensors, map, keyed;
+    if (!read_root(file, &d, &tensors, &map, &keyed)) {
         return SFP_REFUSED;
     }
     file->tensor_count = (size_t)tensors.number;
@@ -2459,6 +2738,9 @@ static sfp_status read_directory(sfp_file *file, sfp_fault *fault)
         status = read_entries(file, &d, &tensors, names) ? SFP_OK : SFP_REFUSED;
         if (status == SFP_OK && file->delta.present) {
             status = read_delta(file, &d, &map, names);
+        }
+        if (status == SFP_OK && file->keyed) {
+            status = read_keyed(file, &d, &keyed, names);
         }
     }
     release(&file->allocator, names);
@@ -2503,6 +2785,7 @@ void sfp_close(sfp_file *file)
         release(&allocator, file->delta.names);
         release(&allocator, file->delta.tensors);
         release(&allocator, file->delta.pools);
+        release(&allocator, file->tables);
         release(&allocator, file->tensors);
         release(&allocator, file);
     }
@@ -4522,4 +4805,204 @@ void sfp_release_result(const sfp_file *file, sfp_result *result)
     }
     release(&file->allocator, result->tensors);
     memset(result, 0, sizeof *result);
+}
+
+/* --------------------------------------------------------------------------------- look-ups in keyed tables */
+
+/* A keyed table whose bit array has been checked. */
+struct sfp_keyed {
+    const sfp_file *file;
+    const keyed_table *table;
+    stream_decoder gaps, levels, importance;
+    sfp_decoded bits;
+};
+
+size_t sfp_table_count(const sfp_file *file)
+{
+    return file->table_count;
+}
+
+sfp_status sfp_describe_table(const sfp_file *file, size_t number, sfp_table *table)
+{
+    if (number >= file->table_count) {
+        return SFP_MISUSE;
+    }
+    const keyed_table *t = &file->tables[number];
+    table->name = t->name;
+    table->keys = t->keys;
+    table->outputs = (size_t)t->outputs;
+    table->importance = t->importance.present;
+    return SFP_OK;
+}
+
+sfp_status sfp_open_table(const sfp_file *file, size_t number, sfp_keyed **opened, sfp_fault *fault)
+{
+    *opened = NULL;
+    if (number >= file->table_count) {
+        return SFP_MISUSE;
+    }
+    sfp_keyed *k = allocate(&file->allocator, 1, sizeof *k);
+    if (k == NULL) {
+        return SFP_NO_MEMORY;
+    }
+    memset(k, 0, sizeof *k);
+    k->file = file;
+    k->table = &file->tables[number];
+    const keyed_table *t = k->table;
+    sfp_status status = SFP_NO_MEMORY;
+    if ((!t->gaps.present || prepare_stream(file, &t->gaps, &k->gaps)) &&
+        prepare_stream(file, &t->levels, &k->levels) &&
+        (!t->importance.present || prepare_stream(file, &t->importance, &k->importance))) {
+        status = sfp_decode(file, t->bits, SFP_VALUES, &k->bits, fault);
+    }
+    if (status != SFP_OK) {
+        sfp_close_table(k);
+        return status;
+    }
+    *opened = k;
+    return SFP_OK;
+}
+
+void sfp_close_table(sfp_keyed *k)
+{
+    if (k != NULL) {
+        sfp_allocator allocator = k->file->allocator;
+        stream_decoder *const streams[] = {&k->gaps, &k->levels, &k->importance};
+        for (size_t i = 0; i < 3; i++) {
+            release(&allocator, streams[i]->first);
+            release(&allocator, streams[i]->lookup);
+        }
+        sfp_release(k->file, &k->bits);
+        release(&allocator, k);
+    }
+}
+
+static uint64_t rotated(uint64_t x, unsigned bits)
+{
+    return x << bits | x >> (64 - bits);
+}
+
+static uint64_t mixed(uint64_t x)
+{
+    x = (x ^ x >> 33) * UINT64_C(0xFF51AFD7ED558CCD);
+    x = (x ^ x >> 33) * UINT64_C(0xC4CEB9FE1A85EC53);
+    return x ^ x >> 33;
+}
+
+/* Returns up to eight bytes as a number, little-endian. */
+static uint64_t number_of_bytes(const uint8_t *bytes, size_t count)
+{
+    uint64_t x = 0;
+    for (size_t i = 0; i < count; i++) {
+        x |= (uint64_t)bytes[i] << 8 * i;
+    }
+    return x;
+}
+
+/* Sets the four words of the hash of a key (17.2). */
+static void hash_key(const uint8_t *key, size_t length, uint64_t seed, uint64_t words[PLACES])
+{
+    const uint64_t c1 = UINT64_C(0x87C37B91114253D5), c2 = UINT64_C(0x4CF5AD432745937F);
+    uint64_t a = seed, b = seed;
+    for (size_t at = 0; at < length; at += 16) {
+        size_t left = length - at;
+        uint64_t x = number_of_bytes(key + at, left < 8 ? left : 8);
+        uint64_t y = left > 8 ? number_of_bytes(key + at + 8, left < 16 ? left - 8 : 8) : 0;
+        a ^= rotated(x * c1, 31) * c2;
+        if (left >= 16) {
+            a = (rotated(a, 27) + b) * 5 + 0x52DCE729;
+        }
+        b ^= rotated(y * c2, 33) * c1;
+        if (left >= 16) {
+            b = (rotated(b, 31) + a) * 5 + 0x38495AB5;
+        }
+    }
+    a ^= length;
+    b ^= length;
+    a += b;
+    b += a;
+    a = mixed(a);
+    b = mixed(b);
+    a += b;
+    b += a;
+    words[0] = a & UINT32_MAX;
+    words[1] = a >> 32;
+    words[2] = b & UINT32_MAX;
+    words[3] = b >> 32;
+}
+
+/* The row of a key: the next bit of each of its four copies. */
+typedef struct row {
+    const uint8_t *bits;
+    uint64_t at[PLACES];
+} row;
+
+/* Returns the next bits of a row, at least 57. A row has at most as many bits as `array_bytes` allows for. */
+static uint64_t peek_row(const row *r)
+{
+    return peek(r->bits, r->at[0]) ^ peek(r->bits, r->at[1]) ^ peek(r->bits, r->at[2]) ^ peek(r->bits, r->at[3]);
+}
+
+static void skip_row(row *r, unsigned bits)
+{
+    for (size_t k = 0; k < PLACES; k++) {
+        r->at[k] += bits;
+    }
+}
+
+/* Reads the next level of a row, and sets its class. */
+static uint64_t next_level(row *r, const stream_decoder *s, size_t *class_number)
+{
+    uint64_t window = peek_row(r);
+    uint32_t hit = s->stream->table.codes > 0 ? s->lookup[window % LOOKUP_SIZE] : 0;
+    unsigned length = hit >> 4 & 15;
+    *class_number = hit >> 8 & 4095;
+    unsigned extra = s->extra[*class_number];
+    skip_row(r, length + extra);
+    return s->first[*class_number] + (window >> length & ones(extra));
+}
+
+/* Returns the weight of a level. */
+static float weight_of(const keyed_table *t, uint64_t level)
+{
+    uint64_t m = level / 2;
+    float x = t->levels.quantiser == UNIFORM ? multiply((float)(uint32_t)m, t->levels.step)
+                                              : float_of(load32(t->centroids + 4 * m));
+    return level % 2 != 0 ? -x : x;
+}
+
+bool sfp_look_up(const sfp_keyed *k, const uint8_t *key, size_t length, float *weights, float *importance)
+{
+    const keyed_table *t = k->table;
+    uint64_t words[PLACES];
+    row r = {k->bits.values, {0}};
+    hash_key(key, length, t->seed, words);
+    r.at[0] = words[0] * t->starts >> 32;
+    for (size_t i = 1; i < PLACES; i++) {
+        r.at[i] = (r.at[0] + i * t->segment) ^ (words[i] & (t->segment - 1));
+    }
+    for (uint64_t o = 0; o < t->outputs; o++) {
+        weights[o] = 0;
+    }
+    *importance = 0;
+    size_t greatest = SIZE_MAX, found;
+    for (uint64_t o = 0; o < t->outputs; o++) {
+        o += t->gaps.present ? next_level(&r, &k->gaps, &found) : 0;
+        if (o < t->outputs) {
+            weights[o] = weight_of(t, next_level(&r, &k->levels, &found));
+            greatest = greatest == SIZE_MAX || found > greatest ? found : greatest;
+        }
+    }
+    float told = 0;
+    if (t->importance.present) {
+        told = multiply((float)(uint32_t)next_level(&r, &k->importance, &found), t->importance.step);
+    }
+    if (greatest == SIZE_MAX || (peek_row(&r) & ones(t->checks[greatest])) != 0) {
+        for (uint64_t o = 0; o < t->outputs; o++) {
+            weights[o] = 0;
+        }
+        return false;
+    }
+    *importance = told;
+    return true;
 }

@@ -183,6 +183,30 @@ sfp_status sfp_apply(const sfp_file *delta, const sfp_file *base, sfp_result *re
 /* Releases the memory of a result. */
 void sfp_release_result(const sfp_file *delta, sfp_result *result);
 
+/* A keyed table of a file (SPEC.md chapter 17). */
+typedef struct sfp_table {
+    sfp_span name;
+    uint64_t keys;   /* the number of keys, as the writer says */
+    size_t outputs;  /* the number of weights of a key */
+    bool importance; /* whether the table stores the importance of keys */
+} sfp_table;
+
+typedef struct sfp_keyed sfp_keyed;
+
+size_t sfp_table_count(const sfp_file *file);
+
+/* Describes keyed table `number`, counted from 0. */
+sfp_status sfp_describe_table(const sfp_file *file, size_t number, sfp_table *table);
+
+/* Opens a keyed table: decodes and checks its bit array. The file must stay open. */
+sfp_status sfp_open_table(const sfp_file *file, size_t number, sfp_keyed **table, sfp_fault *fault);
+
+void sfp_close_table(sfp_keyed *table);
+
+/* Looks a key up: sets its weights, one for each output, and its importance. Returns false, and sets zeros, if the key
+ * is unknown. Allocates nothing. */
+bool sfp_look_up(const sfp_keyed *table, const uint8_t *key, size_t length, float *weights, float *importance);
+
 /* Returns the name of an error code, such as "E_CRC". */
 const char *sfp_error_name(sfp_error error);
 

@@ -3,14 +3,16 @@
  *     sfp_driver [LIMIT=NUMBER ...] validate FILE
  *     sfp_driver [LIMIT=NUMBER ...] decode FILE FOLDER
  *     sfp_driver [LIMIT=NUMBER ...] apply FILE BASE FOLDER
+ *     sfp_driver [LIMIT=NUMBER ...] look-up FILE KEYS FOLDER
  *     sfp_driver [LIMIT=NUMBER ...] time FILE ROUNDS
  *     sfp_driver [LIMIT=NUMBER ...] serve
  *     sfp_driver hello
  *
  * `validate` makes all checks of a reader. `decode` also writes each tensor into FOLDER, which must exist:
  * NUMBER.bin, its elements; NUMBER.mask.bin, a byte for each position, if it has a mask; NUMBER.importance.bin,
- * an F32 for each position, if it has an importance. `apply` writes the result of a delta and its base. Each command prints one line of JSON on standard output: the
- * contents of the file, or the first fault. `serve` reads commands from standard input, one per line with tabs
+ * an F32 for each position, if it has an importance. `apply` writes the result of a delta and its base. `look-up`
+ * looks up the keys of the file KEYS, one per line in hexadecimal, in all keyed tables, and writes the answers. Each
+ * command prints one line of JSON on standard output: the contents of the file, or the first fault. `serve` reads commands from standard input, one per line with tabs
  * between words, and answers each with one line, until the input ends. `hello` prints name and version. `time`
  * decodes all weights of a file in memory ROUNDS times, and prints the least processor time.
  *
@@ -320,6 +322,144 @@ static int apply_file(const char *path, const char *base_path, const sfp_limits 
     return outcome;
 }
 
+static unsigned digit_of(uint8_t c)
+{
+    return c <= '9' ? (unsigned)(c - '0') : (unsigned)(c - 'a' + 10);
+}
+
+/* The answers of a keyed table. */
+typedef struct answers {
+    float *weights, *importance;
+    uint8_t *known;
+} answers;
+
+/* Looks up all keys of a text with one key per line, in hexadecimal. `key` has room for the longest. Returns their
+ * number. With NULL as answers, only counts them. */
+static size_t look_up_lines(const sfp_keyed *table, size_t outputs, const uint8_t *text, size_t length, uint8_t *key,
+                            answers *out)
+{
+    size_t count = 0, size = 0;
+    for (size_t at = 0; at < length;) {
+        if (text[at] != '\n') {
+            key[size++] = (uint8_t)(digit_of(text[at]) << 4 | digit_of(text[at + 1]));
+            at += 2;
+            continue;
+        }
+        if (out != NULL) {
+            out->known[count] = sfp_look_up(table, key, size, out->weights + count * outputs, out->importance + count);
+        }
+        count++;
+        size = 0;
+        at++;
+    }
+    return count;
+}
+
+/* Prints the description of an array of answers. */
+static void print_answer(const char *before, sfp_span name, const char *suffix, const char *dtype, size_t count,
+                         size_t outputs)
+{
+    printf("%s{\"name\":\"%.*s%s\",\"dtype\":\"%s\",\"shape\":[%zu", before, (int)name.length,
+           (const char *)name.bytes, suffix, dtype, count);
+    printf(outputs > 0 ? ",%zu]}" : "]}", outputs);
+}
+
+/* Stores numbers as little-endian F32, in place. Returns their bytes. */
+static const uint8_t *stored_floats(float *numbers, size_t count)
+{
+    uint8_t *bytes = (uint8_t *)numbers;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, bytes + 4 * i, 4);
+        for (size_t k = 0; k < 4; k++) {
+            bytes[4 * i + k] = (uint8_t)(bits >> 8 * k);
+        }
+    }
+    return bytes;
+}
+
+/* Writes the answers of a keyed table as files from `*number` on, and prints their descriptions. */
+static bool write_answers(const sfp_table *told, const answers *found, size_t count, const char *folder, size_t *number)
+{
+    bool written = write_file(folder, *number, ".bin", stored_floats(found->weights, count * told->outputs),
+                              4 * count * told->outputs);
+    print_answer(*number > 0 ? "," : "", told->name, "", "F32", count, told->outputs);
+    ++*number;
+    written = written && write_file(folder, *number, ".bin", found->known, count);
+    print_answer(",", told->name, ".known", "BOOL", count, 0);
+    ++*number;
+    if (told->importance) {
+        written = written && write_file(folder, *number, ".bin", stored_floats(found->importance, count), 4 * count);
+        print_answer(",", told->name, ".importance", "F32", count, 0);
+        ++*number;
+    }
+    return written;
+}
+
+/* Looks up keys in a keyed table. Sets the status of the file. Returns false on a failure of the system. */
+static bool look_up_table(const sfp_file *file, size_t table, const uint8_t *text, size_t length, const char *folder,
+                          size_t *number)
+{
+    sfp_table told;
+    sfp_keyed *opened;
+    sfp_fault fault;
+    if (sfp_describe_table(file, table, &told) != SFP_OK ||
+        sfp_open_table(file, table, &opened, &fault) != SFP_OK) {
+        return false;
+    }
+    uint8_t *key = malloc(length / 2 + 1);
+    size_t count = key != NULL ? look_up_lines(opened, told.outputs, text, length, key, NULL) : 0;
+    answers found = {malloc((count * told.outputs + 1) * sizeof(float)), malloc((count + 1) * sizeof(float)),
+                     malloc(count + 1)};
+    bool good = key != NULL && found.weights != NULL && found.importance != NULL && found.known != NULL;
+    if (good) {
+        look_up_lines(opened, told.outputs, text, length, key, &found);
+        good = write_answers(&told, &found, count, folder, number);
+    }
+    sfp_close_table(opened);
+    free(key);
+    free(found.weights);
+    free(found.importance);
+    free(found.known);
+    return good;
+}
+
+static int look_up_file(const char *path, const char *keys_path, const sfp_limits *limits, const char *folder)
+{
+    size_t length, text_length, number = 0;
+    sfp_file *file = NULL;
+    sfp_fault fault;
+    uint8_t *bytes = read_file(path, &length), *text = read_file(keys_path, &text_length);
+    int outcome = VALID;
+    if (bytes == NULL || text == NULL) {
+        outcome = print_failure("a file cannot be read");
+    } else {
+        sfp_status status = sfp_open(bytes, length, limits, NULL, &file, &fault);
+        for (size_t i = 0; status == SFP_OK && i < sfp_table_count(file); i++) {
+            sfp_keyed *table; /* a first time, so that nothing has been printed if a bit array is damaged */
+            status = sfp_open_table(file, i, &table, &fault);
+            sfp_close_table(table);
+        }
+        if (status != SFP_OK) {
+            outcome = print_outcome(status, &fault);
+        } else {
+            bool good = true;
+            fputs("{\"ok\":true,", stdout);
+            print_metadata(file);
+            fputs(",\"tensors\":[", stdout);
+            for (size_t i = 0; good && i < sfp_table_count(file); i++) {
+                good = look_up_table(file, i, text, text_length, folder, &number);
+            }
+            puts(good ? "]}" : "]} out of memory, or a file cannot be written");
+            outcome = good ? VALID : FAILED;
+        }
+    }
+    sfp_close(file);
+    free(bytes);
+    free(text);
+    return outcome;
+}
+
 /* Opens a file in memory and decodes the weights of all tensors. Sets their number of bytes. */
 static sfp_status decode_weights(const uint8_t *bytes, size_t length, const sfp_limits *limits, sfp_fault *fault,
                                  uint64_t *decoded)
@@ -383,8 +523,11 @@ static int obey(char **words, int count, const sfp_limits *limits)
     if (count == 4 && strcmp(words[0], "apply") == 0) {
         return apply_file(words[1], words[2], limits, words[3]);
     }
+    if (count == 4 && strcmp(words[0], "look-up") == 0) {
+        return look_up_file(words[1], words[2], limits, words[3]);
+    }
     return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | apply FILE BASE FOLDER | "
-                         "time FILE ROUNDS | serve | hello");
+                         "look-up FILE KEYS FOLDER | time FILE ROUNDS | serve | hello");
 }
 
 /* Splits a line at its tabs. Returns the number of words, 5 for more than 4. */

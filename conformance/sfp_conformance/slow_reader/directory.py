@@ -9,6 +9,7 @@ from typing import Any
 
 from .delta import check_delta
 from .entries import check_entry, get
+from .keyed import check_keyed
 from .numbers import Bad, need
 
 MAGIC = bytes.fromhex("89 53 46 50 0D 0A 1A 0A")
@@ -99,8 +100,8 @@ def check_root(root: dict[str, Any]) -> None:
         need(bool(features), "R-DIR-004")
         raw = [name.encode() for name in features]
         need(all(a < b for a, b in pairwise(raw)), "R-FEA-002")
-        need(set(features) <= {"delta", "delta-parts"}, "R-FEA-001")
-    need("keyed" not in root, "R-KEY-001")
+        need(set(features) <= {"delta", "delta-parts", "keyed"}, "R-FEA-001")
+        need(not {"delta", "keyed"} <= set(features), "R-KEY-013")
     if "metadata" in root:
         need(all(isinstance(value, str) for value in get(root, "metadata", dict).values()), "R-DIR-003")
         need(bool(root["metadata"]), "R-DIR-004")
@@ -110,3 +111,4 @@ def check_root(root: dict[str, Any]) -> None:
         check_entry(entry)
         need(all(entry["name"] != other["name"] for other in entries[:i]), "R-TEN-001")
     check_delta(root)
+    check_keyed(root)

@@ -23,14 +23,17 @@ count_exact = _processor.count_exact
 count_symbols = _processor.count_symbols
 crc32_with = _processor.crc32_with
 decode_levels = _processor.decode_levels
+decode_rows = _processor.decode_rows
 encode_exact = _processor.encode_exact
 encode_levels = _processor.encode_levels
 encode_mask = _processor.encode_mask
 exact_zeros = _processor.exact_zeros
 few_magnitudes = _processor.few_magnitudes
 find_changes = _processor.find_changes
+hash_keys = _processor.hash_keys
 lengths_of_codes = _processor.lengths_of_codes
 place_changes = _processor.place_changes
+solve_rows = _processor.solve_rows
 survey_dense = _processor.survey_dense
 survivors = _processor.survivors
 translate = _processor.translate
@@ -48,6 +51,7 @@ __all__ = [
     "count_symbols",
     "crc32_with",
     "decode_levels",
+    "decode_rows",
     "decode_runs",
     "encode_exact",
     "encode_levels",
@@ -55,11 +59,13 @@ __all__ = [
     "exact_zeros",
     "few_magnitudes",
     "find_changes",
+    "hash_keys",
     "lengths_of_codes",
     "make_recipe",
     "name",
     "place_changes",
     "plan_plain",
+    "solve_rows",
     "survey_dense",
     "survivors",
     "translate",

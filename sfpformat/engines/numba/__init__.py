@@ -20,6 +20,7 @@ from .encode import (
     uniform_levels,
 )
 from .exact_encoding import count_exact, encode_exact, exact_zeros
+from .keyed import decode_rows, hash_keys, solve_rows
 from .magnitudes import few_magnitudes, translate
 from .plain import plan_plain
 
@@ -36,6 +37,7 @@ __all__ = [
     "count_symbols",
     "crc32_with",
     "decode_levels",
+    "decode_rows",
     "decode_runs",
     "encode_exact",
     "encode_levels",
@@ -43,11 +45,13 @@ __all__ = [
     "exact_zeros",
     "few_magnitudes",
     "find_changes",
+    "hash_keys",
     "lengths_of_codes",
     "make_recipe",
     "name",
     "place_changes",
     "plan_plain",
+    "solve_rows",
     "survey_dense",
     "survivors",
     "translate",
