@@ -2,6 +2,7 @@
 
 ``python -m tests.support.checkpoint_group FOLDER``. Each of two processes writes ``FOLDER/RANK.json``: for
 each scenario whether its tensors have the expected bits, the bytes that it read, or the words of its error.
+Each of four processes writes ``FOLDER/grid-RANK.json``, for layouts on a grid.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sfpformat.torch.distributed_checkpoint import writer as writer_module
 from .process_group import run_group
 
 dcp: Any = torch.distributed.checkpoint  # torch's own types leave its functions out
-WORLD = 2
+WORLD, GRID = 2, 4
 OBJECTS = {"epoch": 3, "rates": (0.1, float("inf"), -0.0), "names": ["a", None, {"b": True}], "none": {}}
 QUANTISED = "model.layers.0.mlp.up_proj.weight"
 
@@ -277,6 +278,43 @@ def scenarios(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def grids(rank: int, folder: Path) -> dict[str, Any]:
+    """Loads and saves on a grid of processes: FSDP2 with replicas, and FSDP2 of tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = cast_any(init_device_mesh("cpu", (2, GRID // 2), mesh_dim_names=("data", "tensor")))
+    shard = cast_any(fully_shard)
+
+    def replicated(model: nn.Module) -> nn.Module:
+        shard(model, mesh=mesh)
+        return model
+
+    def both(model: nn.Module) -> nn.Module:
+        plan = {
+            "model.layers.*.mlp.up_proj": ColwiseParallel(),
+            "model.layers.*.mlp.gate_proj": ColwiseParallel(),
+        }
+        rows = {"model.layers.*.mlp.down_proj": RowwiseParallel()}
+        parallelize_module(model, mesh["tensor"], {**plan, **rows})
+        shard(model, mesh=mesh["data"])
+        return model
+
+    found: dict[str, Any] = {}
+    expected = dict(llama(0).state_dict())
+    for name, layout in (("replicated", replicated), ("both", both)):
+        model = layout(llama(1))
+        state: dict[str, Any] = get_model_state_dict(model)
+        with counted() as sizes:
+            dcp.load(state, storage_reader=SfpStorageReader(folder / "model.sfp"))
+        set_model_state_dict(model, state)
+        found[name] = [equal(dict(model.state_dict()), expected), sum(sizes)]
+        dcp.save(state, storage_writer=SfpStorageWriter(folder / name))
+        dist.barrier()
+    return found
+
+
 def main() -> None:
     """The command."""
     warnings.simplefilter("ignore")
@@ -288,7 +326,11 @@ def main() -> None:
     def work(rank: int) -> None:
         (folder / f"{rank}.json").write_text(json.dumps(scenarios(rank, folder)))
 
+    def work_on_grid(rank: int) -> None:
+        (folder / f"grid-{rank}.json").write_text(json.dumps(grids(rank, folder)))
+
     run_group(WORLD, folder, work)
+    run_group(GRID, folder, work_on_grid)
 
 
 def written(folder: Path) -> None:

@@ -22,7 +22,7 @@ from sfpformat.torch import load_file, save_file, save_model
 from sfpformat.torch.distributed_checkpoint import SfpStorageReader, SfpStorageWriter, objects
 from sfpformat.torch.distributed_checkpoint import writer as writer_module
 
-from ..support.checkpoint_group import OBJECTS, QUANTISED, WORLD, dcp, equal, llama
+from ..support.checkpoint_group import GRID, OBJECTS, QUANTISED, WORLD, dcp, equal, llama
 from .test_files import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -60,6 +60,16 @@ def test_each_process_reads_its_share_of_a_file_and_gets_its_parts(
         has_bits, read = found[f"{layout}, {file}"]
         assert has_bits
         assert read <= 1.15 * share
+
+
+@of_group
+@pytest.mark.parametrize("layout", ["replicated", "both"])
+def test_processes_on_a_grid_read_their_share_and_save_whole_tensors(folder: Path, layout: str) -> None:
+    for rank in range(GRID):
+        has_bits, read = json.loads((folder / f"grid-{rank}.json").read_text())[layout]
+        assert has_bits
+        assert read <= 1.15 * bytes_in(folder, "model.sfp") / GRID
+    assert equal(load_file(folder / layout), load_file(folder / "model.sfp"))
 
 
 @of_group
