@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 from ..container.delta_map import DeltaMap
 from ..decode.reader import SfpFile
@@ -59,20 +61,24 @@ def run(args: argparse.Namespace) -> int:
     code, results = 0, []
     limits = limits_of(args.limit)
     for name in args.files:
-        try:
-            for number, (path, report) in enumerate(_reports(name, limits)):
+        for number, (path, found) in enumerate(_reports(name, limits)):
+            try:
+                report = found()
                 if args.base is not None and report.ok and number == 0:  # not for each shard of an index
                     _check_with_base(path, args.base, report, limits)
                 delta = _delta_of(path, report, limits)
-                good = report.canonical if args.canonical else report.ok
-                code = code if good and not report.not_finite else max(code, 1)
-                results.append(_as_json(path, report, delta))
-                if not args.json:
-                    _show(path, report, delta, args.canonical)
-        except (CommandError, OSError) as error:  # the other files are still checked
-            code = 2
-            results.append({"file": name, "ok": False, "error": message_of(error)})
-            print_to_stderr(message_of(error))
+            except (CommandError, OSError) as error:  # the other files and shards are still checked
+                code = 2
+                results.append(
+                    {"file": name if number == 0 else str(path), "ok": False, "error": message_of(error)}
+                )
+                print_to_stderr(message_of(error))
+                continue
+            good = report.canonical if args.canonical else report.ok
+            code = code if good and not report.not_finite else max(code, 1)
+            results.append(_as_json(path, report, delta))
+            if not args.json:
+                _show(path, report, delta, args.canonical)
     if args.json:
         show_json(results)
     return code
@@ -86,19 +92,36 @@ def _delta_of(path: FilePath, report: Report, limits: Limits) -> DeltaMap | None
         return file.directory.delta
 
 
-def _reports(name: str, limits: Limits) -> Iterator[tuple[FilePath, Report]]:
-    """Yields path and report of a file; for an index, those of the index and of each shard."""
-    with path_in_errors(name):
-        path = model_path(name)
-    if not is_index(path):
-        yield path, _validate(path, limits)
+def _reports(name: str, limits: Limits) -> Iterator[tuple[FilePath, Callable[[], Report]]]:
+    """Yields a file, and for an index, also each of its shards: the path, and what makes the report.
+
+    What makes the report raises an error of a file that cannot be read, so that the caller can go on.
+    """
+    try:
+        with path_in_errors(name):
+            path = model_path(name)
+    except (CommandError, OSError) as error:
+        yield Path(name), partial(_raise, error)
         return
-    require_file(path)
-    with path_in_errors(path):
-        report, shards = validate_index(path, limits)
-    yield path, report
-    for name in shards:
-        yield path.with_name(name), _validate(path.with_name(name), limits)
+    if not is_index(path):
+        yield path, partial(_validate, path, limits)
+        return
+    shards: list[str] = []
+
+    def of_index() -> Report:
+        require_file(path)
+        with path_in_errors(path):
+            report, names = validate_index(path, limits)
+        shards.extend(names)
+        return report
+
+    yield path, of_index
+    for shard in shards:
+        yield path.with_name(shard), partial(_validate, path.with_name(shard), limits)
+
+
+def _raise(error: Exception) -> Report:
+    raise error
 
 
 def _validate(path: FilePath, limits: Limits) -> Report:

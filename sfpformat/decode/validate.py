@@ -86,7 +86,7 @@ def validate(
         The report. It contains the faults of the file; they are not raised.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read. That a shard cannot be read is a fault.
         OptionError: as in `sfpformat.open`.
         SafetensorsError: an index is not valid JSON of the expected form.
     """
@@ -119,7 +119,8 @@ def validate(
 def validate_index(path: FilePath, limits: Limits = DEFAULT_LIMITS) -> tuple[Report, list[str]]:
     """Checks that the shards have the tensors that an index lists (SPEC.md chapter 18).
 
-    Does not check the contents of the shards, as `validate` does. Skips a shard whose directory has a fault.
+    Does not check the contents of the shards, as `validate` does. Skips shards whose directory has a fault,
+    and those that cannot be read.
 
     Args:
         path: path or location of the index.
@@ -130,7 +131,7 @@ def validate_index(path: FilePath, limits: Limits = DEFAULT_LIMITS) -> tuple[Rep
 
     Raises:
         SafetensorsError: the index is not valid JSON of the expected form.
-        OSError: the index or a shard cannot be read.
+        OSError: the index cannot be read.
     """
     from .shard_index import ShardIndex  # lazy: most models have one file
 
@@ -144,7 +145,7 @@ def validate_index(path: FilePath, limits: Limits = DEFAULT_LIMITS) -> tuple[Rep
     maps: list[DeltaMap | None] = []
     for name in index.files():
         with (
-            contextlib.suppress(FileFault),
+            contextlib.suppress(FileFault, OSError),
             SfpFile(path.with_name(name), limits=limits, threads=1) as shard,
         ):
             found[name] = shard.keys()
@@ -162,7 +163,14 @@ def _validate_model(path: FilePath, limits: Limits, engine: str | None, progress
     """Validates an index and its shards."""
     whole, names = validate_index(path, limits)
     shards = [path.with_name(name) for name in names]
-    sizes = [file_size(shard) for shard in shards]
+    sizes = []
+    for shard in list(shards):
+        try:
+            sizes.append(file_size(shard))
+        except OSError as unread:
+            shards.remove(shard)
+            words = f"{shard.name!r} cannot be read: {unread.strerror or unread}"
+            whole.faults.append(fault("R-SHD-001", words))
     whole.tensors, whole.bytes = 0, whole.bytes + sum(sizes)
     before = 0
     for shard, size in zip(shards, sizes, strict=True):

@@ -20,6 +20,7 @@ import sfpformat
 import sfpformat.numpy
 from conformance.recipes.samples import importance, weights
 from sfpformat import MismatchError, OptionError, Options, SfpError, SfpFile, ShardedFile
+from sfpformat.cli import main
 from sfpformat.cli.model_files import open_model
 from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.io.paths import models_in
@@ -234,6 +235,25 @@ def test_notes_of_shards_name_the_shard_after_the_clause(tmp_path: Path) -> None
     assert alone.notes
     whole = sfpformat.validate(index)
     assert whole.notes == [note.replace("] ", f"] in '{name}': ") for note in alone.notes]
+
+
+def test_shards_after_a_missing_one_are_checked_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = in_shards(tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("*-of-*.sfp"))
+    (tmp_path / names[0]).unlink()
+    data = bytearray((tmp_path / names[-1]).read_bytes())
+    data[70] ^= 1  # in the first chunk
+    (tmp_path / names[-1]).write_bytes(data)
+    report = sfpformat.validate(index)
+    assert [fault.clause for fault in report.faults] == ["R-SHD-001", "R-LAY-004"]
+    assert f"{names[0]!r} cannot be read: No such file" in str(report.faults[0])
+    assert main(["verify", str(index)]) == 2
+    told = capsys.readouterr()
+    assert f"{names[0]}: No such file" in told.err
+    assert all(name in told.out for name in names[1:])
+    assert "R-LAY-004" in told.out
 
 
 # --------------------------------------------------------------------------------------------- one interface
