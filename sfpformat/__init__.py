@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, BinaryIO, overload
 
 from .decode.opening import open_any
@@ -44,8 +46,22 @@ if TYPE_CHECKING:
     from .deltas.tensors import Source
     from .deltas.writing import DeltaWriter
     from .encode.budget import steps_for_budget
+    from .encode.packed_shard import PackedShard
     from .encode.writer import Writer
     from .keyed.table import KeyedTable
+
+    # The command implements these two; no module imports a higher one, so that they are declared here.
+    def pack_shard(
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        options: str | Sequence[str] = (),
+        *,
+        number: int,
+        threads: int | None = None,
+    ) -> PackedShard: ...
+
+    def shard_count(src: str | os.PathLike[str]) -> int: ...
+
 
 __version__ = "1.0.0.dev0"
 
@@ -57,7 +73,10 @@ _MODULE_OF = {
     "KeyedTable": ".keyed.table",
     "ShardedFile": ".decode.shards",
     "Writer": ".encode.writer",
+    "PackedShard": ".encode.packed_shard",
     "apply_delta": ".deltas.applying",
+    "pack_shard": ".cli.packing",
+    "shard_count": ".cli.packing",
     "steps_for_budget": ".encode.budget",
     "write_delta": ".deltas.comparing",
     "write_delta_index": ".deltas.indices",
@@ -86,6 +105,7 @@ __all__ = [
     "MissingTensorError",
     "OptionError",
     "Options",
+    "PackedShard",
     "PartlyChangedError",
     "ProcessError",
     "RemoteError",
@@ -102,6 +122,8 @@ __all__ = [
     "UnsupportedError",
     "Writer",
     "apply_delta",
+    "pack_shard",
+    "shard_count",
     "steps_for_budget",
     "validate",
     "write_delta",

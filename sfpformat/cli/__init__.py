@@ -6,6 +6,7 @@ printed in one line on stderr, results on stdout. Only this module converts erro
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import signal
@@ -113,6 +114,17 @@ def _drop_unwritten() -> None:
 
 
 def _run(words: list[str]) -> int:
+    args = parsed(words)
+    code: int = args.run(args)
+    return code
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """Parses the arguments after the program's name.
+
+    Raises:
+        CommandError: they are wrong.
+    """
     words, likes = split_rules(words)
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS and name not in _added():
@@ -125,8 +137,7 @@ def _run(words: list[str]) -> int:
     if likes and name != "pack":
         raise CommandError("only 'sfp pack' accepts --like")
     args.likes = likes
-    code: int = args.run(args)
-    return code
+    return args
 
 
 def _parser(name: str | None) -> Parser:

@@ -186,6 +186,12 @@ class Model(Closing):
         for name in set(self.files) - set(placement.files.values()):
             self.files.pop(name).close()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles the path of the model, and the names of its tensors. Unpickling opens the model again."""
+        stored = {name: self._stored_name.get(name, name) for name in self.specs}
+        settings = self.strict_index, self._deltas, self._limits, self.keeps_metadata
+        return _reopened, (self.path, stored, *settings)
+
     def close(self) -> None:
         """Closes all files."""
         self._stack.close()
@@ -297,6 +303,33 @@ class Model(Closing):
             return None
         with path_in_errors(self._path_of(file_name)):
             return parts_of(file, self._stored_name.get(name, name))
+
+
+def _reopened(
+    path: FilePath,
+    stored: dict[str, str],
+    strict_index: bool,
+    deltas: bool,
+    limits: Limits,
+    keeps_metadata: bool,
+) -> Model:
+    """Opens a pickled model again.
+
+    Args:
+        path, strict_index, deltas, limits: as for `Model`.
+        stored: name of each tensor -> its name in the file.
+        keeps_metadata: as in `Model`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SfpWarning)  # they were issued when the model was opened
+        model = Model(path, strict_index=strict_index, deltas=deltas, limits=limits)
+    model.keeps_metadata = keeps_metadata
+    for name in set(model.specs) - set(stored.values()):
+        model.drop(name)
+    for name, old in stored.items():
+        if name != old:
+            model.rename(old, name)
+    return model
 
 
 def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:

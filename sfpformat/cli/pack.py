@@ -5,29 +5,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from .. import __version__
 from ..decode.shard_index import index_name
 from ..encode.arguments import is_text, require_name
 from ..encode.pipeline import Pipeline
 from ..encode.weights import Reason, not_weights
+from ..errors import OptionError
 from ..io.threads import Workers, default_threads
 from ..limits import Limits
-from ..names import quoted, unknown_name
-from ..options import Options
+from ..names import quoted
 from .console import Progress, progress
 from .dry import sizes_of_file
 from .errors import CommandError, checked_target, path_in_errors, require_suffix
 from .limit_option import add_limits, limits_of
-from .model_files import Model, add_strict_index, as_bits, open_model
+from .model_files import Model, add_strict_index, open_model
 from .outcome import Outcome, outcome
-from .pack_files import Job, count_zeros, job_key, pack_file, pack_shards, shard_paths
+from .pack_files import Job, count_zeros, job_key, pack_file
+from .pack_importances import open_importances, require_use_of_importances
+from .pack_processes import pack_in_processes
 from .pack_result import Result, show, without_effect
+from .pack_shards import pack_shards, shard_paths
 from .parser import Parser, Subparsers, examples
 from .prepare import Share, bytes_of_passes, find_not_finite, shares_of_model, with_shared_bits
 from .report import total
@@ -107,6 +110,13 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("--no-metadata", action="store_true", help="do not copy the checkpoint's metadata")
     add_strict_index(parser)
     parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="write N shards at a time, each in a process of its own; default: 1",
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="decode the output and compare it with the input"
     )
     parser.add_argument(
@@ -123,6 +133,51 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     if args.dry_run and args.verify:
         raise CommandError("--verify checks a written file, but --dry-run writes none; omit one of them")
+    with prepared(args) as found:
+        if args.jobs > 1 and (args.dry_run or len(found.outputs) == 1):
+            raise CommandError(
+                "--jobs writes several shards at a time, but this pack writes at most one file"
+            )
+        result = _result(found.job, found.asked, found.target, found.outputs, args)
+    unfit = {name: config.unfit for name, config in found.asked.items() if config.unfit}
+    idle = list(without_effect(found.rules, found.asked, result))
+    show(args, found.job.model, result, found.lossless, unfit, idle, time.monotonic() - start)
+    return 1 if result.faults else 0
+
+
+class Prepared(NamedTuple):
+    """What a pack needs before it writes.
+
+    Attributes:
+        job: the job.
+        rules: the rules of the command.
+        asked: tensor name -> its configuration, without the shares of the model's budget.
+        lossless: tensor name -> why it stays lossless.
+        target: the path given for the output.
+        outputs: the paths of the files.
+    """
+
+    job: Job
+    rules: Rules
+    asked: dict[str, TensorConfig]
+    lossless: dict[str, Reason]
+    target: Path
+    outputs: list[Path]
+
+
+@contextmanager
+def prepared(args: argparse.Namespace, number: int | None = None) -> Iterator[Prepared]:
+    """Opens the checkpoint, checks the options, and computes what depends on the whole model.
+
+    Args:
+        args: the arguments of the command.
+        number: the number of the only shard that will be written, whose tensors alone are examined for
+            infinities, unless others matter for it. None examines all.
+
+    Raises:
+        CommandError, OptionError: an argument is wrong.
+        OSError: the checkpoint cannot be read.
+    """
     require_suffix(args.output, ".sfp", what="'sfp pack'")
     rules = Rules(args.tensor_options, [parse_like(words) for words in args.likes], args.keep)
     metadata = _metadata(args.metadata)
@@ -135,20 +190,20 @@ def run(args: argparse.Namespace) -> int:
         model.keeps_metadata = not args.no_metadata
         target = checked_target(args.output, model.paths())
         outputs = _outputs(model, target, single=args.single)
+        if number is not None and not 1 <= number <= len(outputs):
+            raise OptionError(f"number is {number!r}, but the checkpoint has {len(outputs)} shards, from 1")
         _require_storable(model, metadata, limits)
-        configs, lossless = _configs(rules.with_aliases(model.specs, model.aliases()), model)
-        importances = _importances(args.importance, model)
+        named = rules.with_aliases(model.specs, model.aliases())
+        own = None if number is None or len(outputs) == 1 else list(model.files)[number - 1]
+        first, configs, lossless = _configs(named, model, own)
+        importances = open_importances(args.importance, model)
         try:
-            _require_use_of_importances(args.importance, rules, configs, importances)
-            job = _job(model, configs, importances, metadata, limits)
-            result = _result(job, configs, target, outputs, args)
+            require_use_of_importances(args.importance, rules, configs, importances)
+            job = _job(model, first, configs, importances, metadata, limits)
+            yield Prepared(job, rules, configs, lossless, target, outputs)
         finally:
             if importances is not None:
                 importances.close()
-    unfit = {name: config.unfit for name, config in configs.items() if config.unfit}
-    idle = list(without_effect(rules, configs, result))
-    show(args, model, result, lossless, unfit, idle, time.monotonic() - start)
-    return 1 if result.faults else 0
 
 
 def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
@@ -174,29 +229,49 @@ def _result(
         outcomes, size = _dry_run(job, asked, sharded=len(outputs) > 1)
         resumed, faults = 0, list[str]()
     else:
-        resumed = _write(job, target, sharded=len(outputs) > 1)
+        resumed = _write(job, target, args.jobs, sharded=len(outputs) > 1)
         outcomes, size, faults = _outcomes(job, asked, outputs, verify=args.verify)
     count_zeros(job, [each.report.entry for each in outcomes])
     totals = total((each.report for each in outcomes), size)
     return Result(outputs, resumed, outcomes, totals, faults, job.zeros.values())
 
 
-def _configs(rules: Rules, model: Model) -> tuple[dict[str, TensorConfig], dict[str, Reason]]:
+def _configs(
+    rules: Rules, model: Model, own: str | None
+) -> tuple[dict[str, TensorConfig], dict[str, TensorConfig], dict[str, Reason]]:
     """Returns the configuration of each tensor, and the reason for each that stays lossless.
 
-    Reads all tensors that are changed.
+    Reads all tensors that are changed; only those of the file ``own``, unless tensors depend on each other.
+
+    Returns:
+        The configurations that the options and the names give; the same after a look at the values; reasons.
     """
     specs = model.specs.values()
     excluded = not_weights(specs) if rules.changes_values or rules.changes_signs else {}
-    configs = rules.configs(specs, excluded)
-    size = sum(model.specs[name].nbytes for name, config in configs.items() if not config.lossless)
+    first = configs = rules.configs(specs, excluded)
+    if (
+        own is None
+        or bytes_of_passes(model, configs)
+        or any(config.shares_bits for config in configs.values())
+    ):
+        examined = configs
+    else:
+        examined = {name: configs[name] for name in model.names_in(own)}
+    size = sum(model.specs[name].nbytes for name, config in examined.items() if not config.lossless)
     if size:
         with progress(size, "infinities") as shown, path_in_errors(model.path):
-            not_finite = find_not_finite(model, configs, shown.advance)
+            not_finite = find_not_finite(model, examined, shown.advance)
         if not_finite:
             excluded = {**excluded, **not_finite}
             configs = rules.configs(specs, excluded)
-    return configs, rules.why_lossless(specs, configs, excluded)
+    return first, configs, rules.why_lossless(specs, configs, excluded)
+
+
+def _count(text: str) -> int:
+    """Parses a whole number of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _metadata(pairs: list[str]) -> dict[str, str]:
@@ -242,85 +317,9 @@ def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) ->
             )
 
 
-def _importances(path: str | None, model: Model) -> Model | None:
-    if path is None:
-        return None
-    found = open_model(path, kind="safetensors", strict_index=model.strict_index)
-    try:
-        if found.kind != "safetensors":
-            raise CommandError(f"{path}: is an .sfp file; --importance needs a safetensors file")
-        _use_kept_names(found, model.aliases())
-        for name, spec in found.specs.items():
-            tensor = model.specs.get(name)
-            if tensor is None:
-                raise CommandError(f"{path}: {unknown_name(name, model.specs, 'tensor of the checkpoint')}")
-            if tensor.shape != spec.shape or not (spec.dtype.is_float and tensor.dtype.is_float):
-                raise CommandError(
-                    f"{path}: the importance of {name!r} is {spec.dtype.name} {list(spec.shape)}, but the "
-                    f"tensor is {tensor.dtype.name} {list(tensor.shape)}; both must be float and have the "
-                    "same shape"
-                )
-    except BaseException:
-        found.close()
-        raise
-    return found
-
-
-def _require_use_of_importances(
-    path: str | None, rules: Rules, configs: Mapping[str, TensorConfig], importances: Model | None
-) -> None:
-    """Checks that the options about importances have an effect.
-
-    Raises:
-        CommandError: ``--importance-bits`` is given without ``--importance``, nothing uses importances, or
-            ``--weighted`` applies to a tensor without one.
-    """
-    known = {} if importances is None else importances.specs
-    for name, config in configs.items():
-        if _is_weighted(config.options) and name not in known:
-            lacking = "" if path is None else f"; {path} has none"
-            raise CommandError(f"--weighted needs --importance with an importance of {name!r}{lacking}")
-    if importances is None:
-        if rules.gives("importance_bits"):
-            raise CommandError("--importance-bits needs --importance")
-        return
-    used = [configs[name].options for name in importances.specs]
-    if not used:
-        raise CommandError(f"--importance {path}: has no effect: the file has no tensors")
-    if not any(options.importance is not None or _is_weighted(options) for options in used):
-        raise CommandError(
-            f"--importance {path}: has no effect: --importance-bits 0 stores none, and --weighted, which "
-            "quantises by them, is not given"
-        )
-
-
-def _is_weighted(options: Options) -> bool:
-    return options.lossy is not None and options.lossy.weighted is not None
-
-
-def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
-    """Renames each importance that is named by an alias of a tensor to the stored name of that tensor.
-
-    Raises:
-        CommandError: two importances of one tensor differ.
-    """
-    for name in list(importances.specs):
-        kept = aliases.get(name)
-        if kept is None:
-            continue
-        if kept not in importances.specs:
-            importances.rename(name, kept)
-        elif np.array_equal(as_bits(importances.read(name)), as_bits(importances.read(kept))):
-            importances.drop(name)
-        else:
-            raise CommandError(
-                f"{importances.path}: {name!r} and {kept!r} are importances of one tensor but differ; "
-                "remove one of them"
-            )
-
-
 def _job(
     model: Model,
+    first: dict[str, TensorConfig],
     configs: dict[str, TensorConfig],
     importances: Model | None,
     metadata: dict[str, str],
@@ -331,7 +330,7 @@ def _job(
         model.keeps_metadata,
         metadata,
         dataclasses.asdict(limits),
-        {name: repr(config) for name, config in configs.items()},
+        {name: repr(config) for name, config in first.items()},  # the values are those of the sources
     ]
     key = job_key(model, importances, options)
     passes = bytes_of_passes(model, configs)
@@ -361,9 +360,11 @@ def _dry_run(job: Job, asked: dict[str, TensorConfig], *, sharded: bool) -> tupl
     return outcomes, size
 
 
-def _write(job: Job, target: Path, *, sharded: bool) -> int:
+def _write(job: Job, target: Path, jobs: int, *, sharded: bool) -> int:
     """Writes the files. Returns the number of tensors that an earlier run had written."""
     with progress(job.model.nbytes, target.name) as shown:
+        if sharded and jobs > 1:
+            return pack_in_processes(job, target.with_suffix(""), jobs, shown)
         if sharded:
             return pack_shards(job, target.with_suffix(""), shown)
         return pack_file(job, list(job.model.specs), job.model.metadata(), target, shown)

@@ -1,27 +1,17 @@
-"""Writes a checkpoint as `.sfp`, as one file or as shards with an index. An interrupted run can be resumed.
-
-Rules: shards are written under names that end in ``.finished``. When all are complete, they are renamed to
-their final names, the index last. Therefore a failed pack does not change an older model of the same name. A
-pack that was killed, or that ran out of disk space, can be resumed. The state file
-``STEM.sfp.index.json.partial`` records the job and the finished shards. A running pack holds a lock on it.
-"""
+"""Writes tensors of a checkpoint to an `.sfp` file. An interrupted run can be resumed."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..container.entry import TensorEntry
-from ..decode.reader import SfpFile
-from ..decode.shard_index import ShardIndex, index_name, shard_name
 from ..encode.arguments import Given
 from ..encode.plan import plan_tensor
 from ..encode.resume import ResumableSink
@@ -29,10 +19,6 @@ from ..encode.weights import is_packed_storage, not_weights
 from ..encode.writer import Writer
 from ..encode.zeros import zeros_of
 from ..engines import get_engine
-from ..errors import SfpError, SfpWarning
-from ..io.atomic import AtomicFile, rename_all
-from ..io.filesystem import UnnamedFileError, beside, open_locked, remove, remove_locked
-from ..io.safetensors import SafetensorsError, strict_json
 from ..io.threads import Workers, default_threads
 from ..limits import DEFAULT_LIMITS, Limits
 from ..options import Options
@@ -44,7 +30,6 @@ from .rules import TensorConfig
 
 # The cost of -0 is measured if at least 1 in this many elements of a tensor are -0.
 _MANY_ZEROS = 100
-_FINISHED = ".finished"
 
 
 class NegativeZeros(NamedTuple):
@@ -73,6 +58,7 @@ class Job:
         metadata: the caller's metadata, which override those of the checkpoint.
         key: identifies sources, options and version; only a run with the same key can resume the job.
         limits: the limits of readers.
+        threads: the greatest number of threads that encode; None uses the available cores.
         zeros: tensor name -> its -0, for the tensors examined so far.
     """
 
@@ -83,6 +69,7 @@ class Job:
     metadata: dict[str, str]
     key: str
     limits: Limits = DEFAULT_LIMITS
+    threads: int | None = None
     zeros: dict[str, NegativeZeros] = field(default_factory=dict)
 
     @cached_property
@@ -138,7 +125,13 @@ def pack_file(
     with path_in_errors(target):
         sink = ResumableSink(target, job.key, like=like, limits=job.limits)
         elements = sum(job.model.specs[name].elements for name in names)
-        writer = Writer(sink, metadata={**metadata, **job.metadata}, limits=job.limits, weights=elements)
+        writer = Writer(
+            sink,
+            metadata={**metadata, **job.metadata},
+            limits=job.limits,
+            weights=elements,
+            threads=job.threads,
+        )
         done = set(writer.done)
         for name in done:
             progress.advance(job.model.specs[name].nbytes)
@@ -235,205 +228,3 @@ def count_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
         zeros = _TensorZeros(job, entry.name)
         zeros.count(_given(job, entry.name))
         job.zeros[entry.name] = zeros.result(entry)
-
-
-# ---------------------------------------------------------------------------------------------- shards
-
-
-def shard_paths(stem: Path, count: int) -> list[Path]:
-    """Returns the paths of ``count`` shards.
-
-    Args:
-        stem: the common path of the shards, without the number.
-    """
-    return [stem.with_name(shard_name(stem.name, number, count)) for number in range(1, count + 1)]
-
-
-def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
-    """Writes a shard for each file of the checkpoint, and the index, or resumes an interrupted run.
-
-    Args:
-        stem: the common path of the shards, without the number.
-
-    Returns:
-        The number of tensors that earlier runs had written.
-
-    Raises:
-        CommandError, OptionError: the pack failed. No partial output remains.
-        OSError, KeyboardInterrupt: finished shards, if any, remain; the message says how to resume.
-    """
-    files = list(job.model.files)
-    targets = shard_paths(stem, len(files))
-    with path_in_errors(stem.with_name(index_name(stem.name))):
-        state = _State(stem, len(files), job.key, job.limits)
-    resumed = 0
-    try:
-        for file_name, target in zip(files, targets, strict=True):
-            names = job.model.names_in(file_name)
-            finished = _finished(target)
-            if state.has(finished, target):
-                resumed += len(names)
-                progress.advance(sum(job.model.specs[name].nbytes for name in names))
-                continue
-            metadata = job.model.metadata_of(file_name)
-            resumed += pack_file(job, names, metadata, finished, progress, like=target)
-            with path_in_errors(finished):
-                state.add(finished)
-        _rename_shards(job, stem, dict(zip(files, targets, strict=True)))
-    except KeyboardInterrupt:
-        state.close()
-        raise
-    except (OSError, MemoryError) as error:
-        if not state.count and not isinstance(error, UnnamedFileError):
-            state.discard()
-            raise
-        state.close()
-        if isinstance(error, OSError) and state.count:
-            error.strerror = (
-                f"{error.strerror or error}; {state.count} of {len(files)} shards are finished and kept: "
-                "run the same command to resume"
-            )
-        raise
-    except BaseException:
-        state.discard()
-        raise
-    state.remove()
-    return resumed
-
-
-def _finished(target: Path) -> Path:
-    """Returns the temporary name of a complete file, before it is renamed."""
-    return beside(target, _FINISHED)
-
-
-def _rename_shards(job: Job, stem: Path, targets: dict[str, Path]) -> None:
-    """Renames all shards to their final names, and writes the index (R-SHD-003)."""
-    waiting = {target: _finished(target) for target in targets.values() if _finished(target).exists()}
-    weight_map = {
-        name: target.name for file_name, target in targets.items() for name in job.model.names_in(file_name)
-    }
-    total = 0
-    for target in targets.values():
-        with SfpFile(waiting.get(target, target), limits=job.limits) as file:
-            total += sum(file.entry(name).decoded_bytes for name in file)
-    index = stem.with_name(index_name(stem.name))
-    with path_in_errors(index):
-        new = AtomicFile(index, path=_finished(index))
-        with new.file:
-            new.file.write(ShardIndex(weight_map, {"total_size": total}).to_bytes())
-            new.finish()
-        rename_all([(finished, target) for target, finished in waiting.items()], (new.path, index))
-
-
-def _directory_crc(path: Path, limits: Limits) -> int:
-    with SfpFile(path, limits=limits) as file:
-        return file.preamble.directory_crc
-
-
-class _State:
-    """A locked file with the finished shards of a job: a line of JSON for the job, then one per shard."""
-
-    def __init__(self, stem: Path, count: int, key: str, limits: Limits) -> None:
-        """Opens the state of an interrupted run with the same key, or starts a new one.
-
-        Removes the temporary files of a different job, with a warning.
-
-        Raises:
-            LockedFileError: another process is writing this model.
-            OSError: the state cannot be written. Files of an earlier run remain.
-        """
-        self._stem, self._limits = stem, limits
-        self._path = beside(stem.with_name(index_name(stem.name)), ".partial")
-        self._shards = count
-        self._crcs: dict[str, int] = {}
-        self._file, _ = open_locked(self._path)
-        try:
-            lines = self._read()
-            header = next(lines, {})
-            if header == {"key": key, "count": count}:
-                for line in lines:
-                    self._crcs[line["shard"]] = line["crc"]
-            else:
-                if type(header.get("count")) is int and 0 <= header["count"] < 100_000:
-                    warnings.warn(
-                        f"the files of {self._path.name}, which an interrupted pack with other options or "
-                        "inputs left, are discarded",
-                        SfpWarning,
-                        stacklevel=2,
-                    )
-                    self._remove_shards(header["count"])
-                self._file.seek(0)
-            os.ftruncate(self._file.fileno(), self._file.tell())
-            if not self._file.tell():
-                self._append({"key": key, "count": count})
-        except BaseException:
-            if self._crcs:
-                self.close()
-            else:
-                self.remove()
-            raise
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        """Yields the lines of an earlier run. Stops at the first damaged line, and seeks to its start."""
-        while line := self._file.readline():
-            start = self._file.tell() - len(line)
-            try:
-                fields = strict_json(line, "the state of the pack")
-            except SafetensorsError:
-                fields = {}
-            job = type(fields.get("key")) is str and type(fields.get("count")) is int
-            shard = type(fields.get("shard")) is str and type(fields.get("crc")) is int
-            if not line.endswith(b"\n") or not (shard if start else job):
-                self._file.seek(start)
-                return
-            yield fields
-
-    def _append(self, fields: dict[str, object]) -> None:
-        self._file.write(json.dumps(fields).encode() + b"\n")
-        self._file.flush()
-
-    @property
-    def count(self) -> int:
-        """The number of finished shards."""
-        return len(self._crcs)
-
-    def has(self, finished: Path, target: Path) -> bool:
-        """Returns whether a shard is complete, under its temporary name or its final name."""
-        crc = self._crcs.get(finished.name)
-        for path in (finished, target):
-            try:
-                if crc is not None and _directory_crc(path, self._limits) == crc:
-                    return True
-            except (OSError, SfpError):
-                pass
-        return False
-
-    def add(self, finished: Path) -> None:
-        """Records a finished shard."""
-        crc = _directory_crc(finished, self._limits)
-        self._append({"shard": finished.name, "crc": crc})
-        self._crcs[finished.name] = crc
-
-    def _remove_shards(self, count: int) -> None:
-        """Removes all temporary files of a model of ``count`` shards."""
-        for number in range(1, count + 1):
-            finished = _finished(self._stem.with_name(shard_name(self._stem.name, number, count)))
-            for path in (finished, beside(finished, ".partial"), beside(finished, ".partial.journal")):
-                remove(path)
-        index = self._stem.with_name(index_name(self._stem.name))
-        remove(_finished(index))
-        remove(beside(index, ".replaced"))
-
-    def close(self) -> None:
-        """Closes the state file, and keeps everything for a later run."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def remove(self) -> None:
-        """Removes the state file, because the job is done or has failed."""
-        remove_locked(self._file, self._path)
-
-    def discard(self) -> None:
-        """Removes the state file and all temporary files, because the job has failed."""
-        self._remove_shards(self._shards)
-        self.remove()
