@@ -10,8 +10,9 @@ fast. It returns the result of `decode`, or None on any problem; only `decode` r
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from itertools import chain
-from typing import cast
+from typing import NamedTuple, cast
 
 import msgpack
 
@@ -57,18 +58,27 @@ def _sorted(value: object) -> object:
     return value
 
 
-# The greatest length of an array in `decode_quickly`, except `tensors`: more than the default limit on ranks
+# The greatest length of an array in `decode_quickly`, except in `_LONG`: more than the default limit on ranks
 # and the greatest number of codes. `msgpack` allocates memory for the length that a file claims, for up to
 # 1,024 nested arrays. With this bound, this memory is at most half a megabyte (R-MSG-008).
 _SHORT = 64
-_LONG = "tensors"
+
+
+class _Long(NamedTuple):
+    """The keys of a map whose values are long: arrays of any length, and maps that have such arrays."""
+
+    arrays: Collection[str] = ()
+    maps: Mapping[str, _Long] = {}
+
+
+_LONG = _Long(("tensors",), {"delta": _Long(("dtypes", "names", "shapes", "structured"))})
 
 
 def decode_quickly(data: bytes, limits: Limits) -> dict[str, object] | None:
     """Fast path of `decode`: returns the same value without offsets. None unless it is valid and ordinary.
 
-    A directory is ordinary if its value is a map in which no array except `tensors` has more than 64
-    elements. On None, the caller must use `decode`, which returns the value or raises the error.
+    A directory is ordinary if its value is a map in which only arrays with one element for each tensor have
+    more than 64 elements. On None, the caller must use `decode`, which returns the value or raises the error.
 
     `msgpack` accepts more than the strict subset. Therefore the value is packed again: the packer has only
     one encoding per value. If the bytes are equal, they have the shortest encodings (R-MSG-002), valid UTF-8
@@ -88,14 +98,21 @@ def _unpack(data: bytes) -> dict[str, object]:
     """Unpacks a directory with `msgpack`. Raises an exception of any kind if it is not a map."""
     unpacker = msgpack.Unpacker(max_buffer_size=len(data), max_array_len=_SHORT)
     unpacker.feed(data)
-    root: dict[str, object] = {}
+    return _unpack_map(unpacker, _LONG)
+
+
+def _unpack_map(unpacker: msgpack.Unpacker, long: _Long) -> dict[str, object]:
+    """Unpacks a map, and the elements of its long arrays one by one."""
+    out: dict[str, object] = {}
     for _ in range(unpacker.read_map_header()):
         key = unpacker.unpack()
-        if key == _LONG:
-            root[key] = [unpacker.unpack() for _ in range(unpacker.read_array_header())]
+        if key in long.arrays:
+            out[key] = [unpacker.unpack() for _ in range(unpacker.read_array_header())]
+        elif key in long.maps:
+            out[key] = _unpack_map(unpacker, long.maps[key])
         else:
-            root[key] = unpacker.unpack()
-    return root
+            out[key] = unpacker.unpack()
+    return out
 
 
 def _is_allowed(root: dict[str, object], depth: int) -> bool:

@@ -285,11 +285,22 @@ def test_the_fast_path_returns_nothing_for_a_root_that_is_not_a_map(data: bytes)
 
 
 @clauses("R-MSG-008")
-def test_the_fast_path_accepts_long_arrays_only_of_tensors() -> None:
-    for key, size, quick in (("a", 64, True), ("a", 65, False), ("tensors", 70_000, True)):
+def test_the_fast_path_accepts_long_arrays_only_with_an_element_for_each_tensor() -> None:
+    for key, size, quick in (
+        ("a", 64, True),
+        ("a", 65, False),
+        ("tensors", 70_000, True),
+        ("names", 65, False),
+    ):
         data = pack({key: [{"b": [1]}] * size})
         assert (messagepack.decode_quickly(data, DEFAULT_LIMITS) is not None) == quick
         assert_fast_path_agrees(data)
+    for key, size, quick in (("pools", 64, True), ("pools", 65, False), ("shapes", 70_000, True)):
+        data = pack({"delta": {key: [[1, 2]] * size}, "tensors": []})
+        assert (messagepack.decode_quickly(data, DEFAULT_LIMITS) is not None) == quick
+        assert_fast_path_agrees(data)
+    for data in (pack({"delta": [1]}), pack({"delta": 1}), pack({"delta": {"names": {"a": 1}}})):
+        assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
 
 
 @clauses("R-LIM-002")
