@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -249,15 +249,23 @@ class Change:
             self._delta.require_result(member, result)
 
     def _check_block(self, number: int, pool: PoolChanges, block: int, out: _Checked) -> None:
-        base = self._parts(pool, out.parts)
-        out.bases = [crc32(part.data) for part in base]
+        found: list[Found] = []
+        views = self._parts(pool, out.parts)
+        parts = iter(views)
+
+        def checked() -> Iterator[Patterns]:
+            for part in parts:
+                out.bases.append(crc32(part.data))
+                yield part  # the processor's cache still has it
+
         try:
-            found = pool.find(block, base, self._delta.engine)
+            for part, changes in zip(views, pool.find(block, checked(), self._delta.engine), strict=True):
+                out.results.append(self._delta.engine.crc32_with(part, *changes, out.bases[-1]))
+                found.append(changes)
         except FileFault as error:  # a wrong base is reported first
             out.fault = error
+            out.bases.extend(crc32(part.data) for part in parts)
             return
-        for part, changes, crc in zip(base, found, out.bases, strict=True):
-            out.results.append(self._delta.engine.crc32_with(part, *changes, crc))
         size = sum(changes.positions.nbytes + changes.values.nbytes for changes in found)
         with self._lock:
             if self._shared or self._room >= size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -142,8 +142,8 @@ class PoolChanges:
 
     def find(
         self, block: int, base: Iterable[Patterns], engine: Engine, last: int | None = None
-    ) -> list[Found]:
-        """Returns the coded elements of each part of a block.
+    ) -> Iterator[Found]:
+        """Yields the coded elements of each part of a block, before it asks ``base`` for the next part.
 
         Args:
             block: number of the block.
@@ -158,18 +158,17 @@ class PoolChanges:
         buckets = open_buckets(counts, gaps, 0, 0)
         size = int(self.changed[block])
         positions, values = np.empty(size, np.uint32), np.empty(size, self.kind.pattern)
-        out, at = [], 0
+        at = 0
         for part in base:
             found = engine.place_changes(part, self.kind, buckets, gaps, levels, positions[at:], values[at:])
             if found < 0:
                 words = misfit_words(block, Misfit.FEWER)
                 raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
-            out.append(Found(positions[at : at + found], values[at : at + found]))
+            yield Found(positions[at : at + found], values[at : at + found])
             at += found
         if not np.array_equal(buckets.level, buckets.last):
             words = misfit_words(block, Misfit.LEFT)
             raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
-        return out
 
     def numbers_of(
         self, block: int, last: int | None = None

@@ -397,7 +397,7 @@ class DeltaFile(Closing):
                 else:
                     flats.append(self._elements(member, pool.width, part))
             try:
-                found = pool.find(block, flats, self.delta.engine, last)
+                found = list(pool.find(block, flats, self.delta.engine, last))
             except FileFault:
                 self._require_parts_checked(pool, parts)  # a wrong base is reported first
                 raise
