@@ -16,6 +16,16 @@ from ..torch import compress_model, parameters_on_meta, safe_open
 from .folders import Source, class_of, config_of, folder_of
 
 _GENERATION = "generation_config.json"
+# Arguments of transformers that the folder, or this module, determines.
+_OF_THE_FOLDER = (
+    "config",
+    "gguf_file",
+    "ignore_mismatched_sizes",
+    "output_loading_info",
+    "state_dict",
+    "use_safetensors",
+    "variant",
+)
 
 
 def from_pretrained(
@@ -67,7 +77,7 @@ def from_pretrained(
         OSError: the file cannot be read.
         Exception: an exception of huggingface_hub: the repository cannot be fetched.
     """
-    for name in ("state_dict", "config", "output_loading_info", "gguf_file", "use_safetensors", "variant"):
+    for name in _OF_THE_FOLDER:
         if name in settings:
             raise OptionError(f"from_pretrained has no argument {name!r}: the folder determines it")
     known = isinstance(dtype, torch.dtype) or isinstance(getattr(torch, dtype, None), torch.dtype)
@@ -112,11 +122,15 @@ def _dense(
             dtype=dtype,
             device_map=device_map,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below; transformers itself raises a RuntimeError
             **settings,
         )
-    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    mismatched = [
+        f"{name}: {list(found)} in the file, {list(needed)} in the model"
+        for name, found, needed in info["mismatched_keys"]
+    ]
     if mismatched:
-        raise MismatchError(f"the shapes of the file do not fit {kind.__name__}: {listed(mismatched)}")
+        raise MismatchError(f"the shapes do not fit {kind.__name__}: {listed(sorted(mismatched))}")
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     words = [
         f"{what}: {listed(names)}"

@@ -19,6 +19,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
 from ..options import Options
 from ..torch import save_file
+from ..torch.groups import is_distributed
 from ..torch.loading import groups_of
 from ..torch.saving import ImportanceTensor, Numbers
 
@@ -43,8 +44,9 @@ def save_pretrained(
 ) -> None:
     """Writes a model, its configurations, and its tokenizer or other processors into a folder.
 
-    transformers first writes dense weights into a temporary folder beside it, so that names and ties are
-    those of its own files. The folder changes only after everything is written.
+    transformers first writes dense weights into a temporary folder, so that names and ties are those of its
+    own files. The temporary folder lies in the folder, or beside it if it is new. The other files in the
+    folder change only after everything is written.
 
     Example: ``save_pretrained(model, "small/", tokenizer, options=options_for_weights(model, ...))``.
 
@@ -57,14 +59,21 @@ def save_pretrained(
         limits, threads, engine: as in `sfpformat.torch.save_file`.
 
     Raises:
-        OptionError: the model has adapters of peft; the folder has weights of another format, which loaders
-            would take instead; a name in an argument is unknown; or as in `sfpformat.torch.save_file`.
+        OptionError: the model has adapters of peft; its weights are spread over processes; the folder has
+            weights of another format, which loaders would take instead; a name in an argument is unknown; or
+            as in `sfpformat.torch.save_file`.
         OSError: a file cannot be written.
     """
     if not hasattr(model, "save_pretrained"):
         raise OptionError(f"{type(model).__name__} is no model of transformers: it has no save_pretrained")
     if type(model).__module__.startswith("peft.") or getattr(model, "_hf_peft_config_loaded", False):
         raise OptionError("the model has adapters: merge them first, or save them with its save_pretrained")
+    spread = [name for name, weight in model.named_parameters() if is_distributed(weight)]
+    if spread:
+        raise OptionError(
+            f"processes hold only parts of {listed(spread)}: write the model with "
+            "sfpformat.torch.distributed_checkpoint.SfpStorageWriter, or gather its weights first"
+        )
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise OptionError(f"{target} is a file, not a folder")
@@ -74,7 +83,9 @@ def save_pretrained(
             f"{target} has weights of another format, which loaders would take: {listed(others)}; remove them"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+    # An existing folder may be all that the user may write into, or a file system of its own.
+    room = target if target.exists() else target.parent
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=room) as temporary:
         new = Path(temporary)
         for writer in (*processors, model):  # the model last: its configuration is the folder's
             words = {"max_shard_size": max_shard_size or _ONE_FILE} if writer is model else {}

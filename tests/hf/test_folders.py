@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from huggingface_hub import constants
 from sfpformat import Options, Uniform
 from sfpformat.errors import MismatchError, OptionError, SfpWarning
 from sfpformat.hf import from_pretrained, save_pretrained
-from sfpformat.torch import SfpLinear, compress_model, load, load_file, safe_open, save
+from sfpformat.torch import SfpLinear, compress_model, load, load_file, safe_open, save, save_file
 
 from ..torch.test_files import assert_same
 
@@ -189,8 +191,12 @@ def test_shapes_that_differ_raise(tmp_path: Path) -> None:
     path = tmp_path / "m" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"intermediate_size": 50}))
-    with pytest.raises((MismatchError, RuntimeError), match=r"shape|mismatch"):
+    with pytest.raises(
+        MismatchError, match=r"intermediate\.dense\.bias: \[48\] in the file, \[50\] in the model"
+    ):
         from_pretrained(tmp_path / "m")
+    with pytest.raises(MismatchError, match="shapes do not fit"):
+        from_pretrained(tmp_path / "m", strict=False)
 
 
 @pytest.mark.parametrize("dtype", ["auto", torch.float32, "float16"])
@@ -281,6 +287,44 @@ def test_adapters_are_not_written_as_a_model(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="merge"):
         save_pretrained(adapted, tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_spread_over_processes_are_refused(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed import init_process_group
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from tests.hf.test_folders import llama
+from sfpformat.hf import save_pretrained
+init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+model = llama()
+fully_shard(model)
+save_pretrained(model, sys.argv[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, check=False
+    )
+    assert "OptionError: processes hold only parts of 'model.embed_tokens.weight'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_needs_no_right_to_write_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "m"
+    target.mkdir()
+    written: list[Path] = []
+
+    def spy(tensors: Any, path: Path, *args: Any, **words: Any) -> None:
+        written.append(path)
+        save_file(tensors, path, *args, **words)
+
+    monkeypatch.setattr("sfpformat.hf.saving.save_file", spy)
+    save_pretrained(llama(), target)
+    assert all(target in path.parents for path in written)
+    assert written
+    assert all(path.is_file() for path in target.iterdir())  # the temporary folder is gone
 
 
 def test_an_unknown_name_raises_and_writes_nothing(tmp_path: Path) -> None:
