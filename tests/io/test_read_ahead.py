@@ -53,6 +53,7 @@ class Server:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 100 bytes, gaps of 8."""
     monkeypatch.setattr(ahead, "MOST_BLOCK", 100)
+    monkeypatch.setattr(ahead, "FIRST_BLOCK", 100)
     monkeypatch.setattr(ahead, "MOST_GAP", 8)
 
 
@@ -61,8 +62,16 @@ def test_close_ranges_are_merged_and_long_ones_are_cut() -> None:
     with ReadAhead(
         [Range(server, 0, 10), Range(server, 15, 30), Range(server, 60, 70), Range(server, 100, 330)]
     ):
-        assert server.requests == [(0, 30), (60, 70), (100, 176), (176, 253), (253, 330)]
+        assert server.requests == [(0, 30), (60, 70), (100, 200), (200, 300), (300, 330)]
     assert not server.plans
+
+
+def test_the_first_blocks_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "FIRST_BLOCK", 25)
+    server = Server()
+    with ReadAhead([Range(server, 0, 400)]):
+        sizes = [stop - start for start, stop in server.requests]
+    assert sizes == [25, 25, 50, 50, 100, 100, 50]
 
 
 def test_ranges_that_follow_each_other_are_one_block() -> None:

@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple, Protocol
 
@@ -24,6 +23,9 @@ from ..closing import Closing
 MOST_GAP = 64 << 10
 # Bytes of a request. Less, and its latency counts; more, and its bytes wait for the last one.
 MOST_BLOCK = 8 << 20
+# Bytes of the first two requests of a plan. The next two have twice as many, and so on: concurrent requests
+# share the bandwidth, and equal ones would all end late, so that decoding would begin late.
+FIRST_BLOCK = 1 << 20
 # Requests at a time of a plan; servers limit the bandwidth of each connection.
 MOST_REQUESTS = 16
 # Bytes in memory that have arrived or were requested, and are not decoded yet, if the caller does not say.
@@ -255,9 +257,10 @@ def _blocks(ranges: list[Range]) -> list[_Block]:
             at = end
     blocks: list[_Block] = []
     for start, stop in spans:
-        count = -(-(stop - start) // MOST_BLOCK)
-        cuts = [start + (stop - start) * i // count for i in range(count + 1)]
-        blocks += [_Block(ranges[0].file, first, last) for first, last in pairwise(cuts)]
+        while start < stop:
+            size = min(FIRST_BLOCK << min(len(blocks) // 2, 30), MOST_BLOCK)
+            blocks.append(_Block(ranges[0].file, start, min(start + size, stop)))
+            start += size
     by_start = sorted(blocks, key=_start_of)
     for _, start, stop in ranges:
         for block in by_start[bisect_right(by_start, start, key=_start_of) - 1 :]:
