@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import transformers
 
 from ..errors import OptionError
-from ..io.paths import INDEX_SUFFIX, SUFFIX
+from ..io.paths import INDEX_SUFFIX, SUFFIX, model_location
+from ..io.remote.location import Location, OpenFile, location_of
+from ..io.remote.source import read_whole
 from ..names import quoted
 
 # Files of a repository that a model needs. All others, such as weights in other formats, are not fetched.
 PATTERNS = (f"*{SUFFIX}", f"*{SUFFIX}{INDEX_SUFFIX}", "*.json", "*.txt", "*.model", "*.jinja")
 
-Source = str | os.PathLike[str]
+# The greatest length of a configuration behind a URL.
+_MOST_BYTES = 10_000_000
+
+Source = str | os.PathLike[str] | Location | OpenFile
 
 
 def folder_of(source: Source, revision: str | None = None) -> Path:
@@ -30,14 +38,14 @@ def folder_of(source: Source, revision: str | None = None) -> Path:
             huggingface_hub is not installed; or a revision is given for a folder.
         Exception: an exception of huggingface_hub: the repository cannot be fetched.
     """
-    path = Path(source)
+    path = Path(cast(str, source))
     if path.is_dir():
         if revision is not None:
             raise OptionError(f"{path} is a folder, which has no revision {quoted(revision)}")
         return path
     if path.exists():
         raise OptionError(f"{path} is a file; give its folder, which has the config.json")
-    words = os.fspath(source)
+    words = str(source)
     if not isinstance(source, str) or words.startswith((".", "/", "~")) or words.count("/") > 1:
         raise OptionError(f"there is no folder {path}")
     try:
@@ -52,6 +60,51 @@ def folder_of(source: Source, revision: str | None = None) -> Path:
         return Path(snapshot_download(words, revision=revision, allow_patterns=list(PATTERNS)))
     except HFValidationError as error:
         raise OptionError(f"there is no folder {path}, and it is not the id of a repository") from error
+
+
+@contextmanager
+def model_folder(source: Source, revision: str | None = None) -> Iterator[tuple[Path, Path | Location]]:
+    """Finds the folder of a model. Yields a local folder with its configurations, and its weights.
+
+    Of a folder behind a URL, only the configurations are fetched. The weights are read by ranges.
+
+    Args:
+        source: path of a folder, id of a repository, or URL of a folder.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        OptionError, Exception: as for `folder_of`; or a revision is given for a URL.
+        RemoteError, OSError: the server refuses, or has no configuration.
+    """
+    location = location_of(source)
+    if location is None:
+        folder = folder_of(source, revision)
+        yield folder, folder
+        return
+    if revision is not None:
+        raise OptionError(f"{location}: a URL names its revision itself: hf://organisation/name@{revision}")
+    with TemporaryDirectory() as name:
+        data, config = read_whole(location.inside("config.json"), _MOST_BYTES)
+        (Path(name) / "config.json").write_bytes(data)
+        with suppress(FileNotFoundError):
+            data, _ = read_whole(config.with_name("generation_config.json"), _MOST_BYTES)
+            (Path(name) / "generation_config.json").write_bytes(data)
+        yield Path(name), _weights_beside(config)
+
+
+def _weights_beside(config: Location) -> Location:
+    """Returns the location of the only model in the folder of a configuration.
+
+    HTTP cannot list folders: there, it is the index or the file that `save_pretrained` writes.
+    """
+    if not config.is_http:
+        return model_location(config.folder())
+    index = config.with_name(f"model{SUFFIX}{INDEX_SUFFIX}")
+    try:
+        read_whole(index, 0)
+    except FileNotFoundError:
+        return config.with_name(f"model{SUFFIX}")
+    return index
 
 
 def config_of(folder: Path) -> Any:

@@ -10,10 +10,11 @@ import torch
 import transformers
 
 from ..errors import MismatchError, OptionError, SfpWarning
+from ..io.remote.location import Location
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed
-from ..torch import compress_model, parameters_on_meta, safe_open
-from .folders import Source, class_of, config_of, folder_of
+from ..torch import TorchFile, compress_model, parameters_on_meta, safe_open
+from .folders import Source, class_of, config_of, model_folder
 
 _GENERATION = "generation_config.json"
 # Arguments of transformers that the folder, or this module, determines.
@@ -54,7 +55,9 @@ def from_pretrained(
         model = from_pretrained("small/", cls=transformers.AutoModelForSequenceClassification)
 
     Args:
-        source: path of a folder, or the id of a repository on the hub.
+        source: path of a folder, the id of a repository on the hub, which is fetched into its cache, or the
+            URL of a folder, such as ``"s3://bucket/small"`` or ``"hf://organisation/small@v1"``, from which
+            the weights are read by ranges. Behind HTTP, the weights are ``model.sfp`` or its index.
         cls: a class of a model, or an ``AutoModel…`` class. None takes the class of the configuration.
         revision: branch, tag or commit of the repository.
         dtype: the dtype of the model; ``"auto"`` takes that of the configuration, else that of the file.
@@ -74,7 +77,7 @@ def from_pretrained(
             cannot be used.
         MismatchError: the file does not fit the model.
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
-        OSError: the file cannot be read.
+        RemoteError, OSError: the file cannot be read.
         Exception: an exception of huggingface_hub: the repository cannot be fetched.
     """
     for name in _OF_THE_FOLDER:
@@ -83,28 +86,30 @@ def from_pretrained(
     known = isinstance(dtype, torch.dtype) or isinstance(getattr(torch, dtype, None), torch.dtype)
     if not known and dtype != "auto":
         raise OptionError(f"torch has no dtype {dtype!r}")
-    folder = folder_of(source, revision)
-    config = config_of(folder)
-    kind = class_of(config, cls)
-    if stay_compressed:
-        if device_map is not None or not strict or settings:
-            raise OptionError(
-                "stay_compressed=True has no 'device_map', 'strict' or settings of transformers; move the "
-                "model with .to(device)"
+    if stay_compressed and (device_map is not None or not strict or settings):
+        raise OptionError(
+            "stay_compressed=True has no 'device_map', 'strict' or settings of transformers; move the "
+            "model with .to(device)"
+        )
+    with model_folder(source, revision) as (folder, weights):
+        config = config_of(folder)
+        kind = class_of(config, cls)
+        if stay_compressed:
+            model = _compressed(kind, config, weights, dtype, limits, threads, engine)
+        else:
+            model = _dense(
+                kind, config, weights, dtype, device_map, strict, limits, threads, engine, settings
             )
-        model = _compressed(kind, config, folder, dtype, limits, threads, engine)
-    else:
-        model = _dense(kind, config, folder, dtype, device_map, strict, limits, threads, engine, settings)
-    model.config.name_or_path = model.name_or_path = str(source)
-    if model.can_generate() and (folder / _GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        model.config.name_or_path = model.name_or_path = str(source)
+        if model.can_generate() and (folder / _GENERATION).is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
 def _dense(
     kind: Any,
     config: Any,
-    folder: Path,
+    weights: Path | Location,
     dtype: str | torch.dtype,
     device_map: Any,
     strict: bool,
@@ -114,7 +119,10 @@ def _dense(
     settings: dict[str, Any],
 ) -> Any:
     """Returns a model whose weights transformers loads from the slices of the file."""
-    with safe_open(folder, limits=limits, threads=threads, engine=engine) as file:
+    with (
+        safe_open(weights, limits=limits, threads=threads, engine=engine) as file,
+        file.prefetch(_in_loading_order(file)),
+    ):
         model, info = kind.from_pretrained(
             None,
             config=config,
@@ -154,7 +162,7 @@ def _dense(
 def _compressed(
     kind: Any,
     config: Any,
-    folder: Path,
+    weights: Path | Location,
     dtype: str | torch.dtype,
     limits: Limits,
     threads: int | None,
@@ -162,7 +170,7 @@ def _compressed(
 ) -> Any:
     """Returns a model whose linear layers and embeddings keep the encoded bytes of the file."""
     if dtype == "auto":
-        dtype = config.dtype or _dtype_of(folder, limits)
+        dtype = config.dtype or _dtype_of(weights, limits)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
     try:
@@ -171,12 +179,24 @@ def _compressed(
     finally:
         torch.set_default_dtype(before)
     model.tie_weights()
-    compress_model(model, folder, limits=limits, threads=threads, engine=engine)
+    compress_model(model, weights, limits=limits, threads=threads, engine=engine)
     return model
 
 
-def _dtype_of(folder: Path, limits: Limits) -> torch.dtype:
+def _in_loading_order(file: TorchFile) -> list[str]:
+    """Returns the names of a remote file in the order in which transformers loads them; else none."""
+    if not file.file.is_remote:
+        return []
+    try:
+        from transformers.core_model_loading import dot_natural_key  # not in all versions
+    except ImportError:
+        return file.keys()
+    names: list[str] = sorted(file.keys(), key=dot_natural_key)
+    return names
+
+
+def _dtype_of(weights: Path | Location, limits: Limits) -> torch.dtype:
     """Returns the dtype of the first tensor of floats of a model."""
-    with safe_open(folder, limits=limits) as file:
+    with safe_open(weights, limits=limits) as file:
         dtypes = (part.dtype for part in file.slices().values() if part.is_floating_point())
         return next(dtypes, torch.get_default_dtype())

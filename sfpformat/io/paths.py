@@ -68,7 +68,7 @@ def model_path(path: AnyPath) -> FilePath:
     """
     found = file_path(path)
     if isinstance(found, Location):
-        return _remote_model(found)
+        return model_location(found)
     return local_model(found)
 
 
@@ -85,7 +85,8 @@ def _only_model(names: list[str], folder: object) -> str:
     return names[0]
 
 
-def _remote_model(location: Location) -> Location:
+def model_location(location: Location) -> Location:
+    """Returns the location of a model's file or index, as `model_path`, behind a URL."""
     if location.suffix == SUFFIX or is_index(location) or not location.is_folder():
         return location
     return location.inside(_only_model(_models_of(location.names()), location))

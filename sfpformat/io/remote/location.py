@@ -138,6 +138,10 @@ class Location:
             found = self.fs.ls(self.path, detail=True)
         return [entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "file"]
 
+    def folder(self) -> Location:
+        """Returns the folder of this file."""
+        return Location(self.fs, self.path.rpartition("/")[0])
+
     def inside(self, name: str) -> Location:
         """Returns the location of a file in this folder."""
         return Location(self.fs, self.path.rstrip("/") + "/").with_name(name)
