@@ -16,7 +16,9 @@ import pdoc
 import sfpformat
 
 GUIDES = Path(__file__).parent / "guides"
-MODULES = tuple(f"sfpformat{name}" for name in ("", ".numpy", ".torch", ".hf", ".pruning", ".errors"))
+MODULES = tuple(
+    f"sfpformat{name}" for name in ("", ".numpy", ".torch", ".hf", ".sklearn", ".pruning", ".errors")
+)
 
 
 def as_module(text: str) -> str:

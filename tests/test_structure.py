@@ -21,7 +21,7 @@ LAYERS = (
     ("decode",),
     ("encode",),
     ("deltas", "keyed"),
-    ("", "numpy", "torch"),  # "" is the package's own __init__
+    ("", "numpy", "sklearn", "torch"),  # "" is the package's own __init__
     ("hf", "pruning"),
     ("demo",),
     ("bench",),

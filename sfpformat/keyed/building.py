@@ -251,7 +251,7 @@ def _checks(code: RowCode, rows: Rows, choices: Choices, overhead: float) -> byt
     alone = np.abs(code.weights_of(code.levels.first)).astype(np.float64)
     harm = np.where(count > 0, harm, alone)
     budget = choices.budget
-    bits = int(encode_rows(code, rows)[1].sum())
+    bits = _bits_without_checks(code, rows)
     if choices.bits_per_key is not None:
         budget = Budget(total_bits=choices.bits_per_key * len(starts) / overhead)
         if bits > (budget.total_bits or 0):
@@ -262,6 +262,17 @@ def _checks(code: RowCode, rows: Rows, choices: Choices, overhead: float) -> byt
     elif budget == Budget():
         budget = Budget(expected_error=DEFAULT_ERROR * float(np.cumsum(sums)[-1]) / len(starts))
     return check_sizes(class_probabilities(code), harm, count, bits, budget)
+
+
+def _bits_without_checks(code: RowCode, rows: Rows) -> int:
+    """Returns the bits of all rows without their checks."""
+    bits = _bits_of(code.levels, rows.levels)
+    if code.gaps is not None:
+        before, last = rows.gaps(code.outputs)
+        bits += _bits_of(code.gaps, before) + _bits_of(code.gaps, last[~rows.is_full(code.outputs)])
+    if code.importance is not None and rows.importance is not None:
+        bits += _bits_of(code.importance, rows.importance)
+    return bits
 
 
 def _parts(code: RowCode, rows: Rows, sizes: NDArray[np.int64], array: int) -> dict[str, int]:
