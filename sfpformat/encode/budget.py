@@ -27,7 +27,7 @@ from .importances import checked_importance
 from .level_sources import sampled_survivors
 from .plan import exact_bits, flat_mask
 from .quantise import SAMPLE, error_weights, exact_sum, mean_of
-from .step_search import Sampled, turning_point
+from .step_search import CLOSE, Sampled, turning_point
 
 # Approximate maximum of the size of all samples together, in weights. The search evaluates them 24 times.
 _ALL_SAMPLES = 1 << 21
@@ -240,14 +240,14 @@ def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
     # The greatest magnitude of any tensor, in common units, bounds the search.
     greatest = max([float(c.sample.magnitudes.max(initial=0)) / c.unit for c in candidates], default=0.0)
 
-    def fits(common: float) -> bool:
-        return sum(c.bits(_step(c, common)) for c in candidates) <= allowed
+    def excess(common: float) -> float:
+        return sum(c.bits(_step(c, common)) for c in candidates) - allowed
 
-    common = turning_point(fits, greatest)[1]
+    common = turning_point(excess, greatest, -CLOSE * allowed)[1]
     steps = [_step(c, common) for c in candidates]
     used = zip(candidates, steps, strict=True)
     lost = [c.sample.loses_all(step) for c, step in used if c.sample.magnitudes.any()]
-    if any(lost) and (all(lost) or not fits(common)):
+    if any(lost) and (all(lost) or excess(common) > 0):
         raise OptionError("the budget is so small that all weights would become 0; increase the budget")
     return steps
 

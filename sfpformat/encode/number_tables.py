@@ -68,12 +68,19 @@ def choose_numbers(
         zero_first: whether the number 0 is the magnitude 0, so that its levels +0 and -0 differ.
 
     Raises:
-        OptionError: a number is 2^24 or more, or no layout is possible with the code lengths of the options.
+        OptionError: a number is 2^24 or more, or reaches the bound, or no layout is possible with the code
+            lengths of the options.
     """
     sign = 1 if signed else 0
     counts = _number_counts(blocks, sign, engine)
     if not counts.total.any():
         return no_levels(blocks)
+    greatest = int(np.flatnonzero(counts.total)[-1])
+    if greatest >= bound >> sign:
+        raise OptionError(
+            f"a weight is {greatest} steps, but with the greatest scale factor only weights below "
+            f"{bound >> sign} steps are finite; use a smaller step, more bits, or no scale factors"
+        )
     if options.is_plain:
         plain = _plain_layout(counts.total, bound, sign)
         if plain is not None:

@@ -20,7 +20,8 @@ from .number_bits import numbers_bits, pairs_bits, zeros_bits
 from .number_counts import Magnitudes, NumberCounts
 from .quantise import F64, UniformNumbers, WeighedNumbers, exact_sum, weighed_numbers, weighing_numbers
 
-_SEARCH_ROUNDS = 24
+_NEAR = 8  # units in the last place of float32 that the result of a search may be away
+CLOSE = 1 / 4096  # of the allowed bits or error may remain unused; a sample is less exact
 _CODE_LOSS = 32  # prefix codes of a mask and levels take about 1/32 more than the entropy
 _REPEATED = 4  # errors are computed once for equal magnitudes if each occurs so often on average
 
@@ -200,11 +201,11 @@ def step_for_bits(sample: Sampled, bits: float) -> float | None:
     if sample.masked:
         whole -= whole // _CODE_LOSS  # two streams instead of one
 
-    def holds(step: float) -> bool:
+    def excess(step: float) -> float:
         found = sample.bits(step)
-        return found[0] <= levels and not (counted and found[1] > whole)
+        return max(found[0] - levels, found[1] - whole) if counted else found[0] - levels
 
-    return _least_step(sample, holds)
+    return _least_step(sample, excess, levels)
 
 
 def step_for_budget(sample: Sampled, budget: float) -> float | None:
@@ -220,18 +221,25 @@ def step_for_budget(sample: Sampled, budget: float) -> float | None:
         raise OptionError(
             f"the mask alone takes more than the budget of {budget} bits per position; increase the budget"
         )
-    return _least_step(sample, lambda step: sample.bits(step)[1] <= allowed)
+    return _least_step(sample, lambda step: sample.bits(step)[1] - allowed, allowed)
 
 
-def _least_step(sample: Sampled, holds: Callable[[float], bool]) -> float | None:
-    step = turning_point(holds, _greatest(sample.magnitudes))[1]
+def _least_step(sample: Sampled, excess: Callable[[float], float], allowed: float) -> float | None:
+    # With fixed width, the bits change in jumps, and the least step of a width has the least error.
+    close = 0.0 if sample.widest is not None else -CLOSE * allowed
+    step = turning_point(excess, _greatest(sample.magnitudes), close)[1]
     return None if sample.loses_all(step) else step
 
 
 def step_for_error(sample: Sampled, allowed: float) -> float | None:
     """Returns the greatest step found with a mean squared error of at most ``allowed``, or None."""
     most = allowed * len(sample.magnitudes)
-    step = turning_point(lambda step: sample.error(step) > most, _greatest(sample.magnitudes))[0]
+
+    def room(step: float) -> float:
+        left = most - sample.error(step)
+        return left or math.ulp(0.0)  # the error may be equal
+
+    step = turning_point(room, _greatest(sample.magnitudes), CLOSE * most)[0]
     return step if sample.error(step) <= most else None
 
 
@@ -239,26 +247,55 @@ def _greatest(magnitudes: F32) -> float:
     return float(magnitudes.max(initial=0))
 
 
-def turning_point(holds: Callable[[float], bool], greatest: float) -> tuple[float, float]:
-    """Bisects for the step at which a condition begins to hold. Returns a step below it and a step above it.
+def turning_point(excess: Callable[[float], float], greatest: float, close: float) -> tuple[float, float]:
+    """Searches for the step from which an excess is gone. Returns a step below it and a step above it.
 
-    The two steps differ by about 1 part in 10^5. They are equal if the condition holds for the least step or
-    not for the greatest.
+    The steps are equal if there is no excess at the least step, or still one at the greatest.
+
+    Bits fall by about one with each octave of the step. So the search interpolates between the ends of an
+    interval, by the Illinois variant of regula falsi (Dowell and Jarratt 1971, doi:10.1007/BF01934364), in
+    the bit patterns of float32, which grow about as the logarithm.
 
     Args:
-        holds: a condition that is false for small steps and true for great ones.
+        excess: positive for small steps, at most 0 for great ones.
         greatest: the greatest magnitude.
+        close: an excess between 0 and this one ends the search, unless this is 0. Otherwise it ends when the
+            two steps differ by at most 1 part in 10^6.
     """
     if greatest == 0.0:
         return 1.0, 1.0
-    least = float(np.finfo(np.float32).smallest_subnormal)
-    low = max(float(np.float32(greatest / (1 << 20))), least)
-    high = float(np.float32(min(greatest * 4, float(np.finfo(np.float32).max))))
-    if holds(low):
-        return low, low
-    if not holds(high):
-        return high, high
-    for _ in range(_SEARCH_ROUNDS):
-        middle = float(np.float32(np.sqrt(low * high)))
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return low, high
+    low = max(_pattern(greatest / (1 << 20)), 1)
+    high = _pattern(min(greatest * 4, float(np.finfo(np.float32).max)))
+    above, below = excess(_number(low)), excess(_number(high))
+    if not above > 0:
+        return _number(low), _number(low)
+    if below > 0:
+        return _number(high), _number(high)
+    side = rounds = 0
+    while high - low > _NEAR:
+        rounds += 1
+        middle, slope = (low + high) // 2, above - below
+        if rounds % 4 and 0 < slope < math.inf:  # at times bisects, so that the rounds have a bound
+            estimate = low + int((high - low) * (above / slope))
+            middle = min(max(estimate, low + _NEAR), high - _NEAR)
+        value = excess(_number(middle))
+        if value > 0:
+            low, above = middle, value
+            below = below / 2 if side > 0 else below
+            side = 1
+        else:
+            high, below = middle, value
+            above = above / 2 if side < 0 else above
+            side = -1
+        if close and min(close, 0) <= value <= max(close, 0):
+            break
+    return _number(low), _number(high)
+
+
+def _pattern(number: float) -> int:
+    """Returns the bit pattern of a number, at least 0, as float32."""
+    return int(np.float32(number).view(np.uint32))
+
+
+def _number(pattern: int) -> float:
+    return float(np.uint32(pattern).view(np.float32))

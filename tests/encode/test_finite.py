@@ -320,3 +320,10 @@ def test_the_largest_codable_number_has_a_finite_product_and_the_next_overflows(
         products = np.float32(step) * np.array([greatest, greatest + 1], np.float32) * np.float32(scale)
     assert np.isfinite(products[0])
     assert greatest == (1 << 31) - 1 or not np.isfinite(products[1])
+
+
+def test_numbers_that_are_not_finite_with_the_greatest_scale_factor_are_refused() -> None:
+    choices = [1.7e38, -1.7e38, 1e38, 1e-44, -4e-45, 0.0]
+    array = np.random.default_rng(18).choice(choices, (2, 16))
+    with pytest.raises(OptionError, match="'w': a weight is 1 steps, but with the greatest scale factor"):
+        save({"w": array}, options=Options(Uniform(bits=0.5, scale=7, rate_weight=0.0)))
