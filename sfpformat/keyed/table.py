@@ -31,7 +31,7 @@ from .design import class_probabilities, expected_parts
 from .keys import Key, ManyKeys, packed
 
 _MANY = 64  # keys for which all chunks of a file are checked at once
-_EACH = 1 << 20  # keys that are looked up at a time
+_EACH = 1 << 14  # keys that are looked up at a time: their positions stay in a cache
 
 
 class Found(NamedTuple):

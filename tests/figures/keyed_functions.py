@@ -20,11 +20,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from sfpformat import KeyedTable, Uniform
 from sfpformat.coding.keyed.equations import random_bytes
 from sfpformat.coding.keyed.hashing import positions_of
-from sfpformat.coding.keyed.rows import NO_STEP, RowCode
-from sfpformat.engines.numba.keyed import decode_rows, hash_keys, solve_rows
-from sfpformat.keyed.design import table_of
+from sfpformat.engines.numba.keyed import hash_keys, solve_rows
 from sfpformat.keyed.keys import packed
 
 Words = NDArray[np.uint64]
@@ -233,15 +232,25 @@ def main(keys: int) -> None:
     for what, own in (("one bit per key", ones), ("rows", sizes[: keys // 4])):
         found = ribbon(a[: len(own)], b[: len(own)], own)
         print(f"standard ribbon, 64 coefficients, {what}: {found} of the bits")
-    code = RowCode(1, None, table_of(np.arange(2, 64, dtype=np.uint64), 1 << 32, signed=True), NO_STEP,
-                   np.zeros(0, np.float32), bytes(62))  # fmt: skip
-    starts, segment = 12 << 20, 1 << 15
-    positions = positions_of(words, starts, segment)
-    data = random_bytes(code.array_bytes(starts, segment), 3)
-    decode_rows(code, data, positions[:100])
+    whole_tables(keys)
+
+
+def whole_tables(keys: int) -> None:
+    """Prints the time to build a keyed table with one output, and its look-ups a second."""
+    names = [f"key number {i}" for i in range(keys)]
+    weights = np.random.default_rng(0).laplace(size=keys).astype(np.float32)
+    KeyedTable.build(names[:1000], weights[:1000]).find(names[:1000])
     start = time.perf_counter()
-    decode_rows(code, data, positions)
-    print(f"look-ups of rows in a bit array: {keys / (time.perf_counter() - start) / 1e6:.1f} M a second")
+    table = KeyedTable.build(names, weights, quantiser=Uniform(step=0.25), check_bits=6)
+    seconds, given = time.perf_counter() - start, packed(names)
+    print(f"keyed table of one output: {table.bits_per_key:.2f} bits per key, built in {seconds:.1f} s")
+    for what, asked in (("packed keys", given), ("a list of strings", names)):
+        least = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            table.find(asked)
+            least = min(least, time.perf_counter() - start)
+        print(f"  {keys / least / 1e6:.1f} M look-ups a second of {what}")
 
 
 if __name__ == "__main__":
