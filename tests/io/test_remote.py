@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import pickle
 import subprocess
 import sys
@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 from aiohttp import web
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from numpy.typing import NDArray
 
 import sfpformat
@@ -424,6 +425,34 @@ def test_a_file_system_without_etags_reports_a_change_when_a_checksum_fails(memo
             file.get_tensor("layer.1.weight")
 
 
+def test_an_asynchronous_file_system_is_read_concurrently(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs, gcsfs and adlfs are asynchronous."""
+    running, most = 0, 0
+    fs = AsyncFileSystemWrapper(memory)
+    fetch = fs._cat_file
+
+    async def slow(*words: Any, **named: Any) -> bytes:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.05)
+        running -= 1
+        data: bytes = await fetch(*words, **named)
+        return data
+
+    monkeypatch.setattr(fs, "_cat_file", slow)
+    assert_same(load_file(fsspec.core.OpenFile(fs, "/models/m.sfp")), ARRAYS)
+    assert most > 1
+    with pytest.raises(FileNotFoundError):
+        load_file(fsspec.core.OpenFile(fs, "/models/none.sfp"))
+    with pytest.raises(OptionError, match="asynchronous=True"):
+        sfpformat.open(
+            fsspec.core.OpenFile(AsyncFileSystemWrapper(memory, asynchronous=True), "/models/m.sfp")
+        )
+
+
 def test_a_url_without_its_package_names_the_package() -> None:
     with pytest.raises(OptionError, match=r"s3://.*s3fs"):
         sfpformat.open("s3://bucket/m.sfp")
@@ -479,10 +508,18 @@ def test_commands_take_the_index_of_remote_shards(own: FileServer, tmp_path: Pat
     assert main(["diff", url, str(tmp_path / "m.sfp.index.json")]) == 0
 
 
-def test_a_path_that_looks_like_a_url_of_one_letter_is_a_path(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        sfpformat.open("c://m.sfp")
-    assert not os.path.exists("c:")
+def test_names_that_only_look_like_urls_are_paths() -> None:
+    for name in ("c://m.sfp", "a::b.sfp", "https:m.sfp"):
+        with pytest.raises(FileNotFoundError, match="No such file"):
+            sfpformat.open(name)
+
+
+def test_a_cached_url_is_read_from_the_cache(server: FileServer, tmp_path: Path) -> None:
+    cache = fsspec.open(f"simplecache::{server.url}/m.sfp", simplecache={"cache_storage": str(tmp_path)})
+    assert_same(load_file(cache), ARRAYS)
+    server.answered.clear()
+    assert_same(load_file(cache), ARRAYS)
+    assert {one.method for one in server.answered} <= {"HEAD"}
 
 
 # -------------------------------------------------------------------------------------------- prefetch

@@ -12,8 +12,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from ...errors import OptionError, RemoteError
 
-# A scheme has two characters or more: "C://" is a path of Windows. "a::b" is a chain of fsspec.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[A-Za-z][A-Za-z0-9+.-]+::[A-Za-z]")
+# A scheme has two characters or more: "C://" is a path of Windows. "a::b://" is a chain of fsspec.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 
 
 class OpenFile(Protocol):

@@ -20,7 +20,8 @@ def ranges_of(location: Location) -> Ranges:
     """Returns the requests for the kind of server that a file is on."""
     if is_hub(location):
         return HubRanges(location)
-    if location.is_http and hasattr(location.fs, "set_session"):
+    # Not `isinstance`: a cache of fsspec passes questions about itself on to the file system below it.
+    if any(kind.__name__ == "HTTPFileSystem" for kind in type(location.fs).__mro__):
         return HttpRanges(location)
     return FileSystemRanges(location)
 
