@@ -12,7 +12,9 @@ _FILES = ("deltas/reading.py", "engines/reference.py", "limits.py")
 _OTHERS = {
     *("classes", "counts", "exact_encoding", "magnitudes"),  # for the encoder
     *("device_batches", "fast_path"),  # for other engines
-    *("array_memory", "delta_maps", "opening", "pickling", "shards"),  # for several files, and for processes
+    # For several files, and for processes.
+    *("array_memory", "delta_maps", "opening", "pickling", "shard_index", "shards"),
+    "prefetch",  # for files behind URLs
 }
 
 
