@@ -36,7 +36,6 @@ REPEATED = {
     ("CodeTable.__post_init__", "R-TAB-004"): "the bytes of `codes` are measured before they are lengths",
     ("require_bits", "R-IDX-003"): "the index is checked against the chunk before its planes are read",
     ("_directory_faults", "R-LIM-002"): "the reader has refused the file by then; this bounds what is read",
-    ("PoolChanges.find", "R-DLT-011"): "an engine that stops there leaves levels, which the next check finds",
     ("_require_numbers", "R-DLT-020"): "a level without a number is above every bound of its table",
     ("parse_head", "R-IDX-003"): "where header or index do not fit, neither do the planes behind them",
 }
