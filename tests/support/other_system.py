@@ -114,14 +114,23 @@ class _Windows(ModuleType):
 
 
 # These import other libraries, which use what is taken away, or are not installed.
-_ADAPTERS = ("sfpformat.torch.weight_sync.callback", "sfpformat.torch.weight_sync.vllm_engine")
+_ADAPTERS = (
+    "sfpformat.torch.distributed_checkpoint",
+    "sfpformat.torch.weight_sync.callback",
+    "sfpformat.torch.weight_sync.vllm_engine",
+)
 
 
 def import_all() -> list[str]:
     """Imports every module of the packages, except adapters to other libraries. Returns their names."""
     names = []
+
+    def not_imported(name: str) -> None:
+        if name not in _ADAPTERS:
+            raise
+
     for package in map(importlib.import_module, PACKAGES):
-        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.", not_imported):
             if not found.name.endswith("__main__") and found.name not in _ADAPTERS:
                 importlib.import_module(found.name)
                 names.append(found.name)
@@ -267,10 +276,13 @@ def commands(folder: Path) -> None:
 
 def _resume_shards(index: Path, shards: Path) -> None:
     """Interrupts a pack of shards after the first shard, and runs the command again."""
-    from sfpformat.cli import main, pack_files
+    from sfpformat.cli import main
+    from sfpformat.cli import pack_shards as module
+
+    pack_shards: Any = module
 
     words = ["pack", str(index), "-o", str(shards / "m.sfp")]
-    real, calls = pack_files.pack_file, []
+    real, calls = pack_shards.pack_file, []
 
     def interrupted(*args: Any, **named: Any) -> int:
         calls.append(args)
@@ -278,13 +290,13 @@ def _resume_shards(index: Path, shards: Path) -> None:
             raise KeyboardInterrupt
         return real(*args, **named)
 
-    pack_files.pack_file = interrupted
+    pack_shards.pack_file = interrupted
     try:
         assert main(words) == 130
         assert (shards / "m-00001-of-00002.sfp.finished").exists()
         assert main(words) == 0
     finally:
-        pack_files.pack_file = real
+        pack_shards.pack_file = real
     assert len(calls) == 3  # the first shard was not written again
 
 
