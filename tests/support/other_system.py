@@ -288,7 +288,8 @@ def _resume_shards(index: Path, shards: Path) -> None:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args, **named)
+        count: int = real(*args, **named)
+        return count
 
     pack_shards.pack_file = interrupted
     try:
