@@ -23,6 +23,7 @@ LAYERS = (
     ("deltas", "keyed"),
     ("", "numpy", "sklearn", "torch"),  # "" is the package's own __init__
     ("hf", "pruning"),
+    ("serving",),
     ("demo",),
     ("bench",),
     ("cli",),

@@ -26,12 +26,13 @@ _MOST_BYTES = 10_000_000
 Source = str | os.PathLike[str] | Location | OpenFile
 
 
-def folder_of(source: Source, revision: str | None = None) -> Path:
+def folder_of(source: Source, revision: str | None = None, cache: str | None = None) -> Path:
     """Returns the folder of a model. Fetches that of a repository on the hub into the cache of the hub.
 
     Args:
         source: path of a folder, or the id of a repository, such as ``"organisation/name"``.
         revision: branch, tag or commit of the repository.
+        cache: folder of the cache; None is that of the hub.
 
     Raises:
         OptionError: there is no such folder, and the source is not the id of a repository, or
@@ -57,9 +58,10 @@ def folder_of(source: Source, revision: str | None = None) -> Path:
             "pip install 'sfpformat[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(words, revision=revision, allow_patterns=list(PATTERNS)))
+        found = snapshot_download(words, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS))
     except HFValidationError as error:
         raise OptionError(f"there is no folder {path}, and it is not the id of a repository") from error
+    return Path(found)
 
 
 @contextmanager

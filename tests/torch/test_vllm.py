@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -21,6 +20,7 @@ from sfpformat.torch.weight_sync import register_vllm_engines
 from sfpformat.torch.weight_sync.vllm_plugin import ABSTRACT, BACKEND, INTERFACE, plugin
 
 from ..support import vllm_stand_in
+from ..support.signatures import parameters
 
 Weights = dict[str, torch.Tensor]
 
@@ -261,27 +261,6 @@ def test_another_interface_of_vllm_is_refused_with_both_versions(monkeypatch: py
 
 
 # ---------------------------------------------------------------------------------------------- vLLM itself
-
-
-def parameters(path: Path) -> dict[str, list[str]]:
-    """Name of a function, or of class and method -> its parameters. Does not import the file."""
-    out: dict[str, list[str]] = {}
-
-    def add(prefix: str, node: ast.FunctionDef) -> None:
-        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        out[prefix + node.name] = [one.arg for one in every if one.arg not in ("self", "cls")]
-
-    for node in ast.parse(path.read_text("utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            add("", node)
-        elif isinstance(node, ast.ClassDef):
-            targets = [one.target for one in node.body if isinstance(one, ast.AnnAssign)]
-            fields = [one.id for one in targets if isinstance(one, ast.Name)]
-            out[f"{node.name}.__new__"] = fields
-            for inner in node.body:
-                if isinstance(inner, ast.FunctionDef):
-                    add(f"{node.name}.", inner)
-    return out
 
 
 def test_the_stand_ins_have_the_signatures_of_vllm() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import MismatchError, SfpWarning
@@ -23,7 +23,8 @@ _PATCHES = "vllm.model_executor.model_loader.checkpoint_weight_patch"
 _REGISTER = ("name", "module_path_or_cls", "class_name")
 
 # Module, then name of a class or function, then of a method or "", then the parameters that are used.
-INTERFACE: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+Interface = tuple[tuple[str, str, str, tuple[str, ...]], ...]
+INTERFACE: Interface = (
     (f"{_PACKAGE}.base", "WeightTransferEngine", "__init__", ("config", "vllm_config", "device", "model")),
     (f"{_PACKAGE}.base", "WeightTransferEngine", "init_transfer_engine", ("init_info",)),
     (f"{_PACKAGE}.base", "WeightTransferEngine", "start_weight_update", ()),
@@ -70,7 +71,8 @@ def register_vllm_engines() -> None:
         ModuleNotFoundError: vLLM is not installed.
         MismatchError: this version of vLLM has another interface.
     """
-    require_interface()
+    abstract = {(f"{_PACKAGE}.base", name): methods for name, methods in ABSTRACT.items()}
+    require_interface(INTERFACE, abstract, "weight transfer")
     factory = importlib.import_module(f"{_PACKAGE}.factory")
     for kind, name in (
         (factory.WeightTransferEngineFactory, "DeltaWeightTransferEngine"),
@@ -88,23 +90,30 @@ def plugin() -> None:
         warnings.warn(str(error), SfpWarning, stacklevel=2)
 
 
-def require_interface() -> None:
-    """Checks what the engines use of vLLM.
+def require_interface(
+    interface: Interface, abstract: Mapping[tuple[str, str], set[str]], purpose: str
+) -> None:
+    """Checks what is used of vLLM.
+
+    Args:
+        interface: functions and their parameters, as `INTERFACE`.
+        abstract: (module, class) -> the methods that a subclass must have.
+        purpose: what the interface is for, in an error.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
         MismatchError: something is missing, or has other parameters. Names it and both versions.
     """
     importlib.import_module("vllm")
-    wrong = [words for entry in INTERFACE if (words := _difference(*entry)) is not None]
-    for name, methods in ABSTRACT.items():
-        found = _found(f"{_PACKAGE}.base", name)
+    wrong = [words for entry in interface if (words := _difference(*entry)) is not None]
+    for (module, name), methods in abstract.items():
+        found = _found(module, name)
         more = sorted(set(getattr(found, "__abstractmethods__", ())) - methods)
         if more:
             wrong.append(f"{name} also has {listed(more)}")
     if wrong:
         raise MismatchError(
-            f"vLLM {version_of('vllm')} has another interface of weight transfer than {WRITTEN_FOR}, "
+            f"vLLM {version_of('vllm')} has another interface of {purpose} than {WRITTEN_FOR}, "
             f"for which sfpformat was written: {'; '.join(wrong)}. Use another version of one of them"
         )
 

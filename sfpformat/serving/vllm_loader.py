@@ -1,0 +1,132 @@
+"""The loader of ``--load-format sfp`` for vLLM. Imports vLLM."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from vllm.config.vllm import get_current_vllm_config_or_none
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from ..errors import MismatchError, OptionError, SfpWarning
+from ..names import listed
+from ..torch import safe_open
+from ..torch.lazy_tensor import lazy_weights
+from .sources import file_of
+
+_OPTIONS = {"strict": True, "threads": None, "engine": None}
+
+
+class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be installed
+    """Loads the weights of a folder, file, index, URL or repository on the hub.
+
+    Each process decodes only what vLLM's loaders of parameters keep, on the CPU.
+    ``--model-loader-extra-config`` takes ``strict`` (true: parameters that no tensor has filled raise an
+    error; false: they are a warning), and ``threads`` and ``engine`` as in `sfpformat.open`.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        """Checks the options.
+
+        Raises:
+            OptionError: ``model_loader_extra_config`` has other options.
+        """
+        super().__init__(load_config)
+        given = load_config.model_loader_extra_config
+        if not isinstance(given, Mapping) or given.keys() - _OPTIONS.keys():
+            raise OptionError(
+                f"model_loader_extra_config is {given!r}; the load format sfp has {listed(sorted(_OPTIONS))}"
+            )
+        self.options = {**_OPTIONS, **given}
+        if not isinstance(self.options["strict"], bool):
+            raise OptionError(f"strict is {self.options['strict']!r}, must be true or false")
+
+    def download_model(self, model_config: Any) -> None:
+        """Fetches a repository into the cache of the hub; checks that other sources can be opened.
+
+        Raises:
+            OptionError: there is no such folder or repository, or it has no `.sfp` model.
+            InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
+            OSError: the file cannot be read.
+        """
+        self._open(model_config).close()
+
+    def load_weights(self, model: Any, model_config: Any) -> None:
+        """Fills the parameters of a model.
+
+        Args:
+            model: a model of vLLM, whose parameters have memory but no values.
+            model_config: vLLM's configuration; used are ``model``, ``revision`` and ``quantization``.
+
+        Warns:
+            SfpWarning: tensors of the file are not used; or parameters are not filled, if not ``strict``; or
+                the model does not report which parameters it has filled.
+
+        Raises:
+            MismatchError: parameters are not filled. The model must not be used.
+            OptionError: as `download_model`; or the model takes weights from further sources.
+            InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
+            OSError: the file cannot be read.
+        """
+        kind = type(model).__name__
+        further = [str(one.model_or_path) for one in getattr(model, "secondary_weights", ())]
+        if further:
+            raise OptionError(
+                f"{kind} also takes weights from {listed(further)}; load format sfp has one source"
+            )
+        used: set[str] = set()
+        with self._open(model_config) as file:
+            found = model.load_weights(lazy_weights(file, used=used))
+            unused = sorted(set(file) - used)
+        if found is None:
+            _warn(f"{kind} does not report which parameters it has filled, so that none can be checked")
+        else:
+            self._require_filled(model, set(found), model_config.quantization, unused)
+        if unused and not _has_other_parts():
+            _warn(f"{kind} does not use tensors of {model_config.model}: {listed(unused)}")
+
+    def _open(self, model_config: Any) -> Any:
+        where = file_of(model_config.model, model_config.revision, self.load_config.download_dir)
+        return safe_open(where, threads=self.options["threads"], engine=self.options["engine"])
+
+    def _require_filled(
+        self, model: nn.Module, found: set[str], quantization: str | None, unused: list[str]
+    ) -> None:
+        """Checks that each parameter has got values. vLLM's check exempts all linear layers, hence this one.
+
+        Args:
+            model: the model.
+            found: the names of the parameters that were filled, as ``load_weights`` reports them.
+            quantization: the method of vLLM, whose rule says which parameters no checkpoint has.
+            unused: the tensors of the file that were not used, for the error.
+        """
+        missing = sorted({name for name, _ in model.named_parameters()} - found)
+        if missing and quantization is not None:
+            try:
+                DefaultModelLoader.track_weights_loading(self, model, found, quantized=True)
+                missing = []
+            except ValueError:
+                missing = sorted(set(missing) - found)  # vLLM has added those that need no tensor
+        if not missing:
+            return
+        words = f"no tensor of the file fills parameters of {type(model).__name__}: {listed(missing)}"
+        if self.options["strict"]:
+            more = f". Tensors that are not used: {listed(unused)}" if unused else ""
+            raise MismatchError(f"{words}{more}", missing, unused)
+        _warn(f"{words}. Their values are arbitrary")
+
+
+def _has_other_parts() -> bool:
+    """Whether other processes hold other layers or experts, so that some tensors are not for this one."""
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return False
+    parallel = config.parallel_config
+    return bool(parallel.pipeline_parallel_size > 1 or parallel.enable_expert_parallel)
+
+
+def _warn(words: str) -> None:
+    warnings.warn(SfpWarning(words), stacklevel=4)
