@@ -189,15 +189,19 @@ def _record(target: Path) -> Path:
 
 
 def _has_record(target: Path, key: str, limits: Limits) -> bool:
-    """Returns whether a shard of a job is complete, under its temporary name or its final name."""
+    """Returns whether a shard of a job is complete, under its temporary name or its final name.
+
+    Raises:
+        OSError: the record or the shard exists, but cannot be read.
+    """
     try:
         record = json.loads(_record(target).read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # none, or not written to its end
         return False
     if not isinstance(record, dict) or record.get("key") != key:
         return False
     for path in (_finished(target), target):
-        with contextlib.suppress(OSError, SfpError):
+        with contextlib.suppress(FileNotFoundError, SfpError):
             if _directory_crc(path, limits) == record.get("crc"):
                 return True
     return False

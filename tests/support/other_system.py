@@ -115,6 +115,7 @@ class _Windows(ModuleType):
 
 # These import other libraries, which use what is taken away, or are not installed.
 _ADAPTERS = (
+    "sfpformat.serving.vllm_loader",
     "sfpformat.torch.distributed_checkpoint",
     "sfpformat.torch.weight_sync.callback",
     "sfpformat.torch.weight_sync.vllm_engine",
