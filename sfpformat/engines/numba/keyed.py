@@ -139,6 +139,17 @@ def _window(bits: Bytes, positions: NDArray[np.int64], i: Int, at: Int) -> np.ui
     return window
 
 
+@inlined_kernel
+def _symbol(rest: np.uint64, lookup: Lookup) -> tuple[Int, np.uint64, Int]:
+    """Reads a codeword and its residual. Returns the class, the level, and the number of bits."""
+    symbol = np.int64(rest & _SYMBOL)
+    c = np.int64(lookup.classes[symbol])
+    length = np.int64(lookup.lengths[symbol])
+    extra = np.int64(lookup.extra[c])
+    residual = (rest >> np.uint64(length)) & ((np.uint64(1) << np.uint64(extra)) - np.uint64(1))
+    return c, lookup.first[c] + residual, length + extra
+
+
 @kernel
 def _decode(
     bits: Bytes,
@@ -174,27 +185,16 @@ def _decode(
                     start += used
                     window = _window(bits, positions, i, start)
                     used = 0
-                rest = window >> np.uint64(used)
-                symbol = np.int64(rest & _SYMBOL)
-                c = np.int64(gaps.classes[symbol])
-                length = np.int64(gaps.lengths[symbol])
-                extra = np.int64(gaps.extra[c])
-                residual = (rest >> np.uint64(length)) & ((np.uint64(1) << np.uint64(extra)) - np.uint64(1))
-                output += np.int64(gaps.first[c] + residual)
-                used += length + extra
+                _, gap, size = _symbol(window >> np.uint64(used), gaps)
+                output += np.int64(gap)
+                used += size
             if output < outputs:
                 if used > 13:
                     start += used
                     window = _window(bits, positions, i, start)
                     used = 0
-                rest = window >> np.uint64(used)
-                symbol = np.int64(rest & _SYMBOL)
-                c = np.int64(levels.classes[symbol])
-                length = np.int64(levels.lengths[symbol])
-                extra = np.int64(levels.extra[c])
-                residual = (rest >> np.uint64(length)) & ((np.uint64(1) << np.uint64(extra)) - np.uint64(1))
-                level = levels.first[c] + residual
-                used += length + extra
+                c, level, size = _symbol(window >> np.uint64(used), levels)
+                used += size
                 number = np.int64(level >> np.uint64(1))
                 magnitude = centroids[number] if len(centroids) else np.float32(number) * step
                 weights[i, output] = -magnitude if level & np.uint64(1) else magnitude
@@ -206,14 +206,9 @@ def _decode(
                 start += used
                 window = _window(bits, positions, i, start)
                 used = 0
-            rest = window >> np.uint64(used)
-            symbol = np.int64(rest & _SYMBOL)
-            c = np.int64(importances.classes[symbol])
-            length = np.int64(importances.lengths[symbol])
-            extra = np.int64(importances.extra[c])
-            residual = (rest >> np.uint64(length)) & ((np.uint64(1) << np.uint64(extra)) - np.uint64(1))
-            found = np.float32(importances.first[c] + residual) * importance_step
-            used += length + extra
+            _, level, size = _symbol(window >> np.uint64(used), importances)
+            found = np.float32(level) * importance_step
+            used += size
         greatest[i] = most
         if most >= 0:
             if used > 25:
