@@ -59,7 +59,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        how = "; pip install 'sfpformat[hub]'" if scheme == "hf" else ""
+        extra = {"hf": "hub", "http": "remote", "https": "remote"}.get(scheme)
+        how = f"; pip install 'sfpformat[{extra}]'" if extra else ""
         raise OptionError(f"{scheme}:// cannot be read: {error}{how}") from error
     except ValueError as error:
         raise OptionError(f"{shown(url)}: {error}") from error
