@@ -259,8 +259,8 @@ def turning_point(excess: Callable[[float], float], greatest: float, close: floa
     Args:
         excess: positive for small steps, at most 0 for great ones.
         greatest: the greatest magnitude.
-        close: an excess between 0 and this one ends the search, unless this is 0. Otherwise it ends when the
-            two steps differ by at most 1 part in 10^6.
+        close: an excess from 0 to this one ends the search, unless this is 0: one of at most 0 if this is
+            negative, else a positive one. Otherwise it ends when the steps differ by at most 1 part in 10^6.
     """
     if greatest == 0.0:
         return 1.0, 1.0
@@ -271,12 +271,12 @@ def turning_point(excess: Callable[[float], float], greatest: float, close: floa
         return _number(low), _number(low)
     if below > 0:
         return _number(high), _number(high)
-    side = rounds = 0
-    while high - low > _NEAR:
-        rounds += 1
+    side, widths = 0, [math.inf, math.inf]  # before the last two rounds
+    while (width := high - low) > _NEAR:
         middle, slope = (low + high) // 2, above - below
-        if rounds % 4 and 0 < slope < math.inf:  # at times bisects, so that the rounds have a bound
-            estimate = low + int((high - low) * (above / slope))
+        halved, widths = 2 * width <= widths[0], [widths[1], width]
+        if halved and 0 < slope < math.inf:  # else bisects, so that the rounds have a bound
+            estimate = low + int(width * (above / slope))
             middle = min(max(estimate, low + _NEAR), high - _NEAR)
         value = excess(_number(middle))
         if value > 0:
@@ -287,7 +287,7 @@ def turning_point(excess: Callable[[float], float], greatest: float, close: floa
             high, below = middle, value
             above = above / 2 if side < 0 else above
             side = -1
-        if close and min(close, 0) <= value <= max(close, 0):
+        if (close <= value <= 0 and close) or 0 < value <= close:
             break
     return _number(low), _number(high)
 
