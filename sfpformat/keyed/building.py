@@ -22,7 +22,7 @@ from ..options.quantisers import Table as TableOptions
 from ..options.quantisers import Uniform as UniformOptions
 from .design import Budget, check_sizes, class_probabilities, table_of
 from .encoding import Rows, encode_rows, solve
-from .keys import ManyKeys, packed, selected
+from .keys import ManyKeys, packed, require_distinct, selected
 
 # The expected error of an unknown key, relative to the mean weight of a key, without a budget.
 DEFAULT_ERROR = 0.01
@@ -103,6 +103,7 @@ def build(
 ) -> Built:
     """Builds a table; see `KeyedTable.build`."""
     own = packed(keys)
+    require_distinct(own, engine)
     matrix = _matrix(weights, len(own))
     importance = _importance(importance, len(own))
     if importance is None and choices.importance_bits:
@@ -183,9 +184,11 @@ def _kept(matrix: F32, importance: F64 | None, keep: int | float | None) -> NDAr
     count = len(matrix)
     if keep is None:
         return np.arange(count)
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or keep < 0:
-        raise OptionError(f"keep is {keep!r}, must be a number of keys, or a share below 1")
-    wanted = round(keep * count) if isinstance(keep, float) and keep <= 1 else int(keep)
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not keep >= 0:
+        raise OptionError(f"keep is {keep!r}, must be an integer, or a share from 0.0 to 1.0")
+    if isinstance(keep, float) and keep > 1:
+        raise OptionError(f"keep is {keep}: a share is at most 1.0; give a number of keys as an integer")
+    wanted = round(keep * count) if isinstance(keep, float) else keep
     if wanted > count:
         raise OptionError(f"keep is {keep}, but there are only {count} keys")
     scores = np.abs(matrix).max(axis=1).astype(np.float64) if importance is None else importance

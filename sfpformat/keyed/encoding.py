@@ -125,7 +125,7 @@ def solve(keys: Keys, code: RowCode, data: Bytes, sizes: NDArray[np.int64], engi
         engine: solves the equations.
 
     Raises:
-        OptionError: two keys are equal, the rows have too many bits, or no attempt succeeds.
+        OptionError: the rows have too many bits, or no attempt succeeds.
     """
     total = int(sizes.sum())
     factor = _LEAST + _FOR_FEW / _cube_root(max(len(keys), 1))
@@ -138,8 +138,6 @@ def solve(keys: Keys, code: RowCode, data: Bytes, sizes: NDArray[np.int64], engi
         if starts > MAX_STARTS:
             raise OptionError(f"the rows have {total:,} bits, more than a keyed table can have; use several")
         words = engine.hash_keys(keys, seed)
-        if seed == 0:
-            _require_distinct(words)
         free = random_bytes(code.array_bytes(starts, segment), seed)
         bits = engine.solve_rows(positions_of(words, starts, segment), sizes, data, free)
         if bits is not None:
@@ -161,13 +159,3 @@ def _log2(number: int) -> float:
     """Returns log2 of a number, exact to 1/64 of a bit and the same on every machine."""
     power = int(pow(max(number, 1), 64))
     return (power.bit_length() - 1) / 64
-
-
-def _require_distinct(words: NDArray[np.uint32]) -> None:
-    both = np.ascontiguousarray(words).view(np.uint64)
-    order = np.lexsort((both[:, 1], both[:, 0]))
-    same = (both[order][1:] == both[order][:-1]).all(axis=1)
-    if same.any():
-        at = np.flatnonzero(same)[0]
-        first, second = sorted((int(order[at]), int(order[at + 1])))
-        raise OptionError(f"the keys number {first} and {second} are equal; a key can occur only once")

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.keyed.hashing import Keys
+from ..engines import Engine
 from ..errors import OptionError
+from ..names import quoted
 
 Key = str | bytes
 # Several keys: strings or bytes in any iterable, or an array of dtype S, U, T or object; or packed keys.
@@ -72,3 +74,21 @@ def selected(keys: Keys, chosen: NDArray[np.int64]) -> Keys:
     ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
     places = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], sizes)
     return Keys(keys.data[places], ends)
+
+
+def require_distinct(keys: Keys, engine: Engine) -> None:
+    """Compares the hashes of all keys.
+
+    Raises:
+        OptionError: two keys are equal.
+    """
+    both = np.ascontiguousarray(engine.hash_keys(keys, 0)).view(np.uint64)
+    order = np.lexsort((both[:, 1], both[:, 0]))
+    same = (both[order][1:] == both[order][:-1]).all(axis=1)
+    if same.any():
+        at = int(np.flatnonzero(same)[0])
+        first, second = sorted((int(order[at]), int(order[at + 1])))
+        key = keys.data[keys.offsets[first] : keys.offsets[first + 1]].tobytes()
+        raise OptionError(
+            f"the key {quoted(key.decode(errors='replace'))} occurs twice, as number {first} and {second}"
+        )

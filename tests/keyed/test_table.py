@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,9 @@ def test_the_bytes_do_not_depend_on_the_engine_or_the_time(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"keys": ["a", "b", "a"]}, "number 0 and 2 are equal"),
+        ({"keys": ["a", "b", "a"]}, "'a' occurs twice, as number 0 and 2"),
+        ({"keys": ["a", "b", "b"], "weights": np.array([1.0, 0, 2])}, "'b' occurs twice, as number 1 and 2"),
+        ({"keys": ["a", "b", "b"], "keep": 1}, "'b' occurs twice, as number 1 and 2"),
         ({"keys": ["a", "b"]}, "do not fit 2 keys"),
         ({"keys": ["a", "b", 3]}, "not a string"),
         ({"keys": ["a", "b", "\ud800"]}, "not a string"),
@@ -240,6 +243,8 @@ def test_the_bytes_do_not_depend_on_the_engine_or_the_time(tmp_path: Path) -> No
         ({"bits_per_key": 0.5}, "weights alone take"),
         ({"keep": 4}, "only 3 keys"),
         ({"keep": -1}, "keep"),
+        ({"keep": math.nan}, "keep"),
+        ({"keep": 2.5}, "as an integer"),
         ({"importance": np.ones(2)}, "importance must be 3"),
         ({"importance": -np.ones(3)}, "importance must be 3"),
         ({"importance_bits": 4}, "needs the importance"),
