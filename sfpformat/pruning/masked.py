@@ -33,6 +33,7 @@ LEVELS = ("network", "layer", "row", "column", "weight")
 _AT_ONCE = {"cpu": 1 << 18}
 _AT_ONCE_ELSEWHERE = 1 << 24
 _ROWS = 32  # minimum, so that the products of a block are efficient
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 _COMPARED = 8  # greatest groups whose members are compared pair by pair
 
 
@@ -77,6 +78,19 @@ class Groups:
         most = groups.masked_fill(kept, -torch.inf).amax(1, keepdim=True)
         threshold = torch.lerp(least, most, 0.5).expand_as(groups)
         return kept.view(scores.shape), threshold.reshape(scores.shape)
+
+
+def select(values: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Writes the values where the mask is −1, and +0 where it is 0.
+
+    Args:
+        values: float, of any shape.
+        mask: integers, 0 or −1, of this shape.
+        out: of the type and the shape of ``values``.
+    """
+    # Bits, because `torch.where` with a mask of bools takes 7 ns an element on the processor, this 0.5 ns.
+    bits = _INTEGERS[values.element_size()]
+    torch.bitwise_and(values.view(bits), mask.to(bits), out=out.view(bits))
 
 
 class ScoredWeight:
@@ -205,8 +219,15 @@ class ScoredWeight:
         matrix, scores = as_matrix(weight), self.scorer() if scores is None else scores
         out = torch.empty_like(matrix)
         for block in self.blocks():
-            out[block] = torch.where(self.kept(scores(block)), matrix[block], 0)
+            select(matrix[block], self._mask(scores(block)), out[block])
         return out.view(weight.shape)
+
+    def _mask(self, scores: Tensor) -> Tensor:
+        """Returns integers of a block: all bits are set where weights are kept, else none."""
+        if self.groups is not None:
+            return self.kept(scores).view(torch.int8).neg_()
+        # The sign of threshold − score, which is negative for exactly the scores above the threshold.
+        return torch.rsub(scores, self.threshold).view(torch.int32).bitwise_right_shift_(31)
 
     def gradients(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masked import Groups, Masking, ScoredWeight
+from .masked import Groups, Masking, ScoredWeight, select
 from .sharded import GatheredNames, Sharded
 from .task import as_matrix
 
@@ -78,7 +78,10 @@ class ShardedWeight(ScoredWeight):
         kept = torch.empty_like(self.start, dtype=torch.uint8)
         for block in self.blocks(len(kept)):
             kept[block] = self.kept(self.scores(block))
-        return torch.where(self._gathered(kept).bool(), as_matrix(weight), 0).view(weight.shape)
+        matrix = as_matrix(weight)
+        out = torch.empty_like(matrix)
+        select(matrix, self._gathered(kept).view(torch.int8).neg_(), out)
+        return out.view(weight.shape)
 
     def _gathered(self, rows: Tensor) -> Tensor:
         return as_matrix(self._sharded.whole(self._name, rows))

@@ -140,7 +140,7 @@ class SignalAdam:
             v.mul_(BETAS[1]).addcmul_(new, new, value=1 - BETAS[1])
             self._keep(mean, block, m, name, place, 0)
             self._keep(square, block, v, name, place, 1)
-            alive += int((v > _TINY).sum())
+            alive += v.numel() if v.amin() > _TINY else int((v > _TINY).sum())
             powers.append(row_sums(self._direction(name, m, v).square_()))
         x.grad = None
         found = torch.cat(powers) if powers else x.new_zeros(0, dtype=torch.float32)

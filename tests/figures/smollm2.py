@@ -10,8 +10,8 @@ interrupted statistics and learning resume. Each perplexity is per token, and me
 file, on 4,096 tokens of code and of prose. The calibration data are a third of the standard library's
 modules, cut into windows and shuffled; the evaluated code is from another third, the prose is the package's
 held-out text. With ``--texts mixed``, every second window of calibration is prose: topics of the language
-reference that are not in the held-out text. All computations are in float32, on the processor or on
-``--device``.
+reference that are not in the held-out text. All computations are in float32 (learning also in BF16, with ``--dtype bfloat16``), on the
+processor or on ``--device``.
 
 Methods: magnitude with a threshold for each tensor; Wanda with a threshold for each row, also with the
 sparsities of OWL for the layers (``wanda-outliers``); Fisher with one threshold, also with a quarter of the
@@ -202,6 +202,8 @@ class Bench:
         )
         words = "-".join(str(part) for part in (options.steps, options.batch, options.minutes, options.seed))
         changed = "".join(f"-{name}-{value}" for name, value in options.settings.items()) + self._mixed
+        if options.dtype != "float32":
+            changed += f"-{options.dtype}"
         began = time.monotonic()
         times: list[float] = []
 
@@ -211,8 +213,11 @@ class Bench:
 
         name = f"learning-{words_of(target).replace(':', 'of')}-{options.start}-{words}{changed}.pt"
         found, given = self.statistics(), options.start == "fisher"
+        dense = self.model
+        if options.dtype != "float32":
+            dense = self.loaded(getattr(torch, options.dtype)).to(options.device)
         learned = learn_importance(
-            self.model,
+            dense,
             self.learned_from,
             target,
             settings=settings,
@@ -301,6 +306,8 @@ class Bench:
             found |= {"seed": options.seed, "settings": options.settings}
             if options.start != "fisher":  # earlier rows do not state it
                 found["start"] = options.start
+            if options.dtype != "float32":  # rows of float32 do not state it
+                found["dtype"] = options.dtype
         return found
 
 
@@ -420,6 +427,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of learning")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     if options.make:
