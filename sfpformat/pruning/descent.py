@@ -6,10 +6,21 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _BETAS = (0.9, 0.95)
 _WARMUP = 10  # steps
 _FINAL = 0.05  # of the peak
+
+
+def trainable(weight: Tensor) -> Tensor:
+    """Returns a copy of a weight to train, in at least 32 bits, as a leaf of autograd.
+
+    Most steps of training are smaller than the distance of neighbouring numbers of 16 bits, and would be
+    lost.
+    """
+    copy = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return copy.requires_grad_()
 
 
 def rate_at(peak: float, step: int, steps: int, *, warmup: int = _WARMUP, final: float = _FINAL) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .calibration_sums import Statistics
 from .checkpoints import Checkpoint
-from .descent import adam, set_rates, sparsity_at
+from .descent import adam, set_rates, sparsity_at, trainable
 from .gates import Gate, Moment, make_gate, threshold_of
 from .learning_settings import LOGIT_RATE, Learned, Settings
 from .network import ImportanceNetwork
@@ -50,7 +50,8 @@ class GateLearner:
         self.network = ImportanceNetwork(weights, found, logits=settings.logits, seed=settings.seed)
         self.gate: Gate = make_gate(settings.gate, settings.temperature)
         trained = settings.weight_rate > 0
-        self.weights = {name: w.clone().requires_grad_() if trained else w for name, w in weights.items()}
+        self._dtypes = {name: w.dtype for name, w in weights.items()}
+        self.weights = {name: trainable(w) if trained else w for name, w in weights.items()}
         network_rate = _NETWORK_RATE if settings.network_rate is None else settings.network_rate
         groups = [{"params": list(self.network.mlp.parameters()), "peak": network_rate}]
         if self.network.logits is not None:
@@ -76,10 +77,10 @@ class GateLearner:
     def learn(self, batch: Any) -> float:
         """Takes one optimiser step and returns the loss."""
         gates, penalty = self.gate(self.network.scores(), self.moment())
-        gated = {
-            name: self.weights[name] * gate.to(self.weights[name].dtype)
-            for name, gate in self.network.split(gates).items()
-        }
+        gated = {}
+        for name, gate in self.network.split(gates).items():
+            weight = self.weights[name]
+            gated[name] = (weight * gate.to(weight.dtype)).to(self._dtypes[name])
         loss = cost(with_weights(self.model, gated), batch, self.task, self.dense) + penalty
         value = finite(loss, f"step {self.step + 1}")
         leaves = [self.network.base, *(p for g in self.optimiser.param_groups[1:] for p in g["params"])]
@@ -106,8 +107,8 @@ class GateLearner:
             scores = self.network.scores()
             flat = F.softplus(scores - threshold_of(scores, sum(self.sparsities) / 2))
             importances = {name: part.clone() for name, part in self.network.split(flat).items()}
-            trained = self.settings.weight_rate > 0
-            weights = {name: w.detach().clone() for name, w in self.weights.items()} if trained else {}
+            trained = self.weights if self.settings.weight_rate else {}
+            weights = {name: w.detach().to(self._dtypes[name], copy=True) for name, w in trained.items()}
         mlp = {name: value.clone() for name, value in self.network.mlp.state_dict().items()}
         return Learned(importances, weights, self.history, mlp)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .descent import adam, set_rates
+from .descent import adam, set_rates, trainable
 from .task import (
     CLASSIFY,
     Data,
@@ -81,7 +81,10 @@ def fine_tune(
     Returns:
         The loss of each step, in nats.
 
-    Memory: 20 bytes for each weight of a masked tensor, in addition to the model's gradients.
+    Weights of 16 bits are trained in float32, and rounded whenever the model uses them.
+
+    Memory: 20 bytes for each weight of a masked tensor (22 for weights of 16 bits), in addition to the
+    model's gradients.
 
     Raises:
         OptionError: a mask does not fit a parameter of the model; or the objective is ``divergence`` and
@@ -89,10 +92,10 @@ def fine_tune(
         LossError: a loss is not finite. The model is unchanged.
     """
     kept, pruned = _pruned(model, masks)
-    leaves = {name: weight.requires_grad_() for name, weight in pruned.items()}
+    leaves = {name: trainable(weight) for name, weight in pruned.items()}
 
     def weights() -> dict[str, Tensor]:
-        return {name: leaf * kept[name] for name, leaf in leaves.items()}
+        return {name: (leaf * kept[name]).to(pruned[name].dtype) for name, leaf in leaves.items()}
 
     through = _Through(model, data, teacher, task, tuning, progress)
     history = through.tune(list(leaves.values()), weights, _RATE)

@@ -10,8 +10,8 @@ interrupted statistics and learning resume. Each perplexity is per token, and me
 file, on 4,096 tokens of code and of prose. The calibration data are a third of the standard library's
 modules, cut into windows and shuffled; the evaluated code is from another third, the prose is the package's
 held-out text. With ``--texts mixed``, every second window of calibration is prose: topics of the language
-reference that are not in the held-out text. All computations are in float32 (learning also in BF16, with ``--dtype bfloat16``), on the
-processor or on ``--device``.
+reference that are not in the held-out text. All computations are in float32 (with ``--dtype bfloat16``,
+learning is in BF16), on the processor or on ``--device``.
 
 Methods: magnitude with a threshold for each tensor; Wanda with a threshold for each row, also with the
 sparsities of OWL for the layers (``wanda-outliers``); Fisher with one threshold, also with a quarter of the
@@ -19,6 +19,8 @@ strength of a threshold for each row (``fisher-by-row``); ``levels``, learned fr
 ``--start fisher``, from Fisher importances; SparseGPT's mask, alone and with updated survivors. Masks of
 magnitude, Wanda and Fisher are also measured with reconstructed outputs of the layers (``-reconstructed``),
 and those of Wanda with up to 100 swaps for each row (``wanda-swaps``, ``wanda-swaps-reconstructed``).
+``levels-tuned`` and ``fisher-tuned`` then train the survivors towards the dense model's outputs, on the
+batches of learning; ``elsa`` trains the weights towards the sparsity by ADMM, on the task's loss.
 ``--sparsities`` also accepts patterns such as 2:4.
 """
 
@@ -45,13 +47,16 @@ from torch import Tensor, nn
 
 from sfpformat.demo import bundled
 from sfpformat.pruning import (
+    Alternation,
     LayerwiseResult,
     Outliers,
     Pattern,
     Settings,
     Sparsity,
     Statistics,
+    Tuning,
     comparable,
+    fine_tune,
     fisher,
     learn_importance,
     magnitude,
@@ -60,6 +65,7 @@ from sfpformat.pruning import (
     prune_layerwise,
     refine_layerwise,
     statistics,
+    train_sparse,
     wanda,
 )
 from sfpformat.torch import load_model
@@ -247,6 +253,35 @@ class Bench:
         found = prune_layerwise(self.model, self.calibration, target, how, batches=len(self.calibration))
         return *self._with(found), {"tokens": len(self.calibration) * WINDOW}
 
+    def tuned(self, how: str, target: Target) -> tuple[nn.Module, Masks, Extra]:
+        """Prunes by a method, then trains the survivors on the batches of learning."""
+        options = self._options
+        pruned, masks, extra = METHODS[how](self, target)
+        pruned = pruned.float().to(options.device)
+        history = fine_tune(
+            pruned,
+            masks,
+            self.learned_from,
+            teacher=self.model,
+            tuning=Tuning(steps=options.tuning_steps, rate=options.tuning_rate),
+            progress=lambda step, loss: print(f"tuning {step}/{options.tuning_steps} {loss:.4f}", flush=True),
+        )
+        extra["tokens"] += len(history) * options.batch * WINDOW
+        extra |= {"tuning_steps": len(history), "tuning_rate": options.tuning_rate}
+        return pruned.to("cpu", torch.bfloat16), masks, extra
+
+    def alternating(self, target: Target) -> tuple[nn.Module, Masks, Extra]:
+        """Trains the weights towards the sparsity (ELSA)."""
+        options = self._options
+        found = train_sparse(
+            self.model,
+            self.learned_from,
+            target,
+            settings=Alternation(steps=options.steps, rate=options.tuning_rate),
+            progress=lambda step, loss: print(f"ADMM {step}/{options.steps} {loss:.4f}", flush=True),
+        )
+        return *self._with(found), {"tokens": options.steps * options.batch * WINDOW, "steps": options.steps}
+
     def _with(self, found: LayerwiseResult) -> tuple[nn.Module, Masks]:
         """Returns the model, loaded again, with these weights, and their masks."""
         pruned = self.loaded(torch.bfloat16)
@@ -297,11 +332,15 @@ class Bench:
         options = self._options
         found: Row = {"method": method, "sparsity": sparsity_of(target), "evaluated": options.evaluated}
         found["pattern"] = words_of(target) if isinstance(target, Pattern) else None
-        if method not in ("dense", "magnitude"):
+        if method not in ("dense", "magnitude", "elsa"):
             found["calibration"] = options.calibration
-            if self._mixed:  # rows of code alone do not state it
-                found["texts"] = "mixed"
-        if method == "levels":
+        if method not in ("dense", "magnitude") and self._mixed:  # rows of code alone do not state it
+            found["texts"] = "mixed"
+        if method.endswith("-tuned"):
+            found |= {"asked_tuning_steps": options.tuning_steps, "tuning_rate": options.tuning_rate}
+        if method == "elsa":
+            found |= {"asked_steps": options.steps, "batch": options.batch, "rate": options.tuning_rate}
+        if method in ("levels", "levels-tuned"):
             found |= {"asked_steps": options.steps, "batch": options.batch, "minutes": options.minutes}
             found |= {"seed": options.seed, "settings": options.settings}
             if options.start != "fisher":  # earlier rows do not state it
@@ -325,6 +364,9 @@ METHODS: dict[str, Callable[[Bench, Target], tuple[nn.Module, Masks, Extra]]] = 
     "fisher-reconstructed": lambda bench, t: bench.refined("fisher", t),
     "wanda-swaps": lambda bench, t: bench.refined("wanda", t, swaps=SWAPS, reconstruct=False),
     "wanda-swaps-reconstructed": lambda bench, t: bench.refined("wanda", t, swaps=SWAPS),
+    "levels-tuned": lambda bench, t: bench.tuned("levels", t),
+    "fisher-tuned": lambda bench, t: bench.tuned("fisher", t),
+    "elsa": lambda bench, t: bench.alternating(t),
 }
 
 
@@ -418,6 +460,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--sparsities", default="0.5,0.6,0.7", help="shares, and patterns such as 2:4")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--tuning-steps", type=int, default=100, help="of survivors")
+    parser.add_argument("--tuning-rate", type=float, default=1e-4, help="of survivors, and of weights (elsa)")
     parser.add_argument("--minutes", type=float, help="of learning, at most")
     parser.add_argument("--settings", type=json.loads, default={}, help="others of learning, as JSON")
     parser.add_argument("--texts", choices=("code", "mixed"), default="code", help="of calibration")

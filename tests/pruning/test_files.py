@@ -21,6 +21,8 @@ from sfpformat.numpy import load_file, save_file
 from sfpformat.options import ImportanceOptions, Options
 from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
+from sfpformat.pruning.learning import learn_importance
+from sfpformat.pruning.learning_settings import Settings
 from sfpformat.pruning.masks import masks_of
 from sfpformat.pruning.pipeline import apply_masks, give_masks, pack, prune, take_masks
 from sfpformat.pruning.repruning import reprune
@@ -59,6 +61,33 @@ def test_fine_tuning_keeps_the_masks_and_lowers_the_loss(teacher: bool) -> None:
         weight = net.get_parameter(name).detach()
         assert (weight[~mask] == 0).all()
         assert not torch.signbit(weight[~mask]).any()
+
+
+def test_weights_of_16_bits_take_steps_smaller_than_their_resolution() -> None:
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        net, batches = trained_net()
+        masks = prune(net, scores.fisher(net, statistics(net, batches)), Sparsity(0.8))
+        net.to(dtype)
+        cast = [(x.to(dtype), labels) for x, labels in batches]
+        history = fine_tune(net, masks, cast, tuning=Tuning(200, 3e-4, "loss"))
+        losses.append([sum(history[:20]), sum(history[-20:])])
+        assert net.get_parameter("0.weight").dtype is dtype
+    (before, after), (before_16, after_16) = losses
+    assert after < 0.95 * before
+    # Steps of 3e-4 are below half of the distance of numbers of BF16 above 0.08: most weights would not move.
+    assert before_16 - after_16 > 0.8 * (before - after)
+
+
+def test_weights_of_16_bits_learn_together_with_their_importances() -> None:
+    (net, batches), settings = trained_net(), Settings(steps=100, weight_rate=3e-4)
+    net.to(torch.bfloat16)
+    cast = [(x.bfloat16(), labels) for x, labels in batches]
+    learned = learn_importance(net, cast, 0.5, settings=settings)
+    for name, weight in learned.weights.items():
+        assert weight.dtype is torch.bfloat16
+        changed = weight != net.get_parameter(name)
+        assert changed.float().mean() > 0.25  # half are pruned
 
 
 def test_factors_compensate_pruning_and_are_applied_when_decoding(tmp_path: Path) -> None:
