@@ -8,6 +8,6 @@ Each process of tensor parallelism decodes only the parts of weights that it kee
 from __future__ import annotations
 
 from .sglang import register_sglang_hook
-from .vllm import register_vllm_loader
+from .vllm import register_vllm_loader, register_vllm_quantization
 
-__all__ = ["register_sglang_hook", "register_vllm_loader"]
+__all__ = ["register_sglang_hook", "register_vllm_loader", "register_vllm_quantization"]

@@ -16,8 +16,9 @@ from ..names import listed
 from ..torch import safe_open
 from ..torch.lazy_tensor import lazy_weights
 from .sources import file_of
+from .vllm import QUANTIZATION
 
-_OPTIONS = {"strict": True, "threads": None, "engine": None}
+_OPTIONS = {"strict": True, "threads": None, "engine": None, "keep": 0}
 
 
 class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be installed
@@ -25,7 +26,8 @@ class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be
 
     Each process decodes only what vLLM's loaders of parameters keep, on the CPU.
     ``--model-loader-extra-config`` takes ``strict`` (true: parameters that no tensor has filled raise an
-    error; false: they are a warning), and ``threads`` and ``engine`` as in `sfpformat.open`.
+    error; false: they are a warning), ``threads`` and ``engine`` as in `sfpformat.open`, and, with
+    ``--quantization sfp``, ``keep``: the maximum bytes of decoded weights to keep for later calls (0).
     """
 
     def __init__(self, load_config: Any) -> None:
@@ -43,6 +45,9 @@ class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be
         self.options = {**_OPTIONS, **given}
         if not isinstance(self.options["strict"], bool):
             raise OptionError(f"strict is {self.options['strict']!r}, must be true or false")
+        keep = self.options["keep"]
+        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+            raise OptionError(f"keep is {keep!r}, must be a number of bytes, 0 or more")
 
     def download_model(self, model_config: Any) -> None:
         """Fetches a repository into the cache of the hub; checks that other sources can be opened.
@@ -53,6 +58,25 @@ class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be
             OSError: the file cannot be read.
         """
         self._open(model_config).close()
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """Makes a model and fills it, as vLLM does; then reports the layers that stay compressed.
+
+        Warns:
+            SfpWarning: as `load_weights` and `SfpQuantizationConfig.report`.
+
+        Raises:
+            OptionError: ``keep`` is given, but no layer stays compressed; or as `load_weights`.
+            MismatchError: as `load_weights`.
+        """
+        config = vllm_config.quant_config
+        stay_compressed = config is not None and config.get_name() == QUANTIZATION
+        if self.options["keep"] and not stay_compressed:
+            raise OptionError("model_loader_extra_config: keep has no effect without --quantization sfp")
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        if stay_compressed:
+            config.report()
+        return model
 
     def load_weights(self, model: Any, model_config: Any) -> None:
         """Fills the parameters of a model.
@@ -104,7 +128,7 @@ class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be
             unused: the tensors of the file that were not used, for the error.
         """
         missing = sorted({name for name, _ in model.named_parameters()} - found)
-        if missing and quantization is not None:
+        if missing and quantization not in (None, QUANTIZATION):
             try:
                 DefaultModelLoader.track_weights_loading(self, model, found, quantized=True)
                 missing = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from . import packed
 from .files import TorchFile, TorchSlice
 
 Box = tuple["int | slice", ...]
@@ -22,8 +23,9 @@ _Tensor: Any = torch.Tensor
 class _Whole:
     """A tensor of a file, and its decoded value after an operation has needed all of it."""
 
-    def __init__(self, part: TorchSlice, used: Callable[[], object]) -> None:
-        self.part = part
+    def __init__(self, file: TorchFile, name: str, used: Callable[[], object]) -> None:
+        self.file, self.name = file, name
+        self.part: TorchSlice = file.get_slice(name)
         self.used = used
         self.value: torch.Tensor | None = None
 
@@ -81,7 +83,7 @@ class LazyTensor(torch.Tensor):
         """Records, or decodes and calls the function with ordinary tensors."""
         kwargs = kwargs or {}
         if args and isinstance(args[0], LazyTensor):
-            if func in _ABOUT:
+            if func in ABOUT:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             record = _RECORDED.get(func)
@@ -112,9 +114,28 @@ def lazy_weights(
     """
     names: set[str] = set() if used is None else used
     for name in file:
-        part = file.get_slice(name)
-        box = tuple(slice(0, size) for size in part.shape)
-        yield prefix + name, LazyTensor(_Whole(part, partial(names.add, name)), box, part.shape)
+        whole = _Whole(file, name, partial(names.add, name))
+        shape = whole.part.shape
+        yield prefix + name, LazyTensor(whole, tuple(slice(0, size) for size in shape), shape)
+
+
+def whole_bytes(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Copies the chunks of a whole tensor of a file, without decoding them.
+
+    Returns:
+        A file with this tensor alone, as `packed.cut_out` makes it. None if the argument is no `LazyTensor`,
+        or a part of a tensor, or was decoded already.
+
+    Raises:
+        InvalidFileError: a chunk's checksum does not match.
+    """
+    if not isinstance(tensor, LazyTensor):
+        return None
+    whole = tensor._whole
+    if whole.value is not None or tensor.shape != whole.part.shape:
+        return None
+    whole.used()
+    return packed.cut_out(whole.file.file, whole.name)
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> Any:
@@ -264,7 +285,7 @@ _RECORDED: dict[Any, Record] = {
 }
 
 # What a tensor says of itself without its elements.
-_ABOUT = {
+ABOUT = {
     *(getattr(_Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "itemsize")),
     *(getattr(_Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "nbytes")),
     *(getattr(_Tensor, name).__get__ for name in ("requires_grad", "is_quantized")),

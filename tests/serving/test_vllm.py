@@ -18,15 +18,16 @@ from sfpformat import MismatchError, OptionError, Options, SfpWarning
 from sfpformat.decode.jobs import jobs_of_range as real_jobs_of_range
 from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.io.positional import PositionalFile
-from sfpformat.serving import register_vllm_loader
+from sfpformat.serving import register_vllm_loader, register_vllm_quantization
 from sfpformat.serving.vllm import ABSTRACT, INTERFACE, plugin
 from sfpformat.torch import TorchSlice, safe_open, save_file
 
+from ..support import vllm_layers_stand_in as layers_stand_in
 from ..support import vllm_model_stand_in as stand_in
 from ..support.signatures import parameters
 from ..support.vllm_model_stand_in import IN, OUT, Model, checkpoint
 
-LOADER = "sfpformat.serving.vllm_loader"
+LOADER, METHOD = "sfpformat.serving.vllm_loader", "sfpformat.serving.vllm_linear"
 
 
 def vllm_folder() -> Path | None:
@@ -43,13 +44,21 @@ needs_vllm = pytest.mark.skipif(VLLM is None, reason="vLLM is not installed")
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The stand-in for vLLM, with the loader registered."""
-    for name, module in stand_in.modules().items():
+    for name, module in layers_stand_in.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(
+        sys.modules["vllm.config.vllm"],
+        "get_current_vllm_config_or_none",
+        stand_in.get_current_vllm_config_or_none,
+    )
     stand_in.LOADERS.clear()
-    sys.modules.pop(LOADER, None)
+    layers_stand_in.METHODS.clear()
+    for name in (LOADER, METHOD):
+        sys.modules.pop(name, None)
     register_vllm_loader()
     yield
-    sys.modules.pop(LOADER, None)
+    for name in (LOADER, METHOD):
+        sys.modules.pop(name, None)
     stand_in.LOADERS.clear()
 
 
@@ -215,6 +224,34 @@ def test_parameters_that_no_tensor_fills_raise_an_error_with_their_names(
 
 
 @pytest.mark.usefixtures("vllm")
+def test_compressed_layers_are_reported_and_keep_needs_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(parameter(False, 0, monkeypatch), 1, 0)
+    reports: list[str] = []
+    method = SimpleNamespace(get_name=lambda: "sfp", report=lambda: reports.append("done"))
+    named = SimpleNamespace(model=str(folder), revision=None, quantization="sfp")
+
+    def load_model(quantization: Any, keep: int) -> torch.nn.Module:
+        extra = {"keep": keep}
+        config = SimpleNamespace(load_format="sfp", model_loader_extra_config=extra, download_dir=None)
+        whole = SimpleNamespace(quant_config=quantization, make=lambda: model)
+        made: torch.nn.Module = stand_in.get_model_loader(config).load_model(whole, named)
+        return made
+
+    assert load_model(method, 1) is model
+    assert reports == ["done"]
+    for other in (None, SimpleNamespace(get_name=lambda: "fp8")):
+        with pytest.raises(OptionError, match="keep has no effect without --quantization sfp"):
+            load_model(other, 1)
+        load_model(other, 0)
+    assert reports == ["done"]
+    model.register_parameter("k_scale", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(MismatchError, match="'k_scale'"):  # as without a method
+        load_model(method, 0)
+
+
+@pytest.mark.usefixtures("vllm")
 def test_scales_of_quantised_models_may_be_missing_by_the_rule_of_vllm(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,10 +284,13 @@ def test_other_options_sources_and_absent_files_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Model(parameter(False, 0, monkeypatch), 1, 0)
-    with pytest.raises(OptionError, match=r"'speed'.*'engine', 'strict'"):
+    with pytest.raises(OptionError, match=r"'speed'.*'engine', 'keep', 'strict'"):
         load(model, folder, speed=1)
     with pytest.raises(OptionError, match="strict is 1"):
         load(model, folder, strict=1)
+    for keep in (-1, 0.5, True, "1GB"):
+        with pytest.raises(OptionError, match=r"keep is .*, must be a number of bytes"):
+            load(model, folder, keep=keep)
     with pytest.raises(OptionError, match=r"has no \.sfp file"):
         load(model, tmp_path)
     with pytest.raises(OptionError, match="no folder"):
@@ -282,10 +322,12 @@ def test_a_repository_in_the_download_folder_is_loaded(
 
 
 @pytest.mark.usefixtures("vllm")
-def test_the_loader_is_registered_once_and_by_the_entry_point() -> None:
+def test_loader_and_quantization_are_registered_once_and_by_the_entry_point() -> None:
     register_vllm_loader()
     plugin()
+    register_vllm_quantization()
     assert stand_in.LOADERS["sfp"].__name__ == "SfpModelLoader"
+    assert layers_stand_in.METHODS["sfp"].__name__ == "SfpQuantizationConfig"
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'sfpformat_loader = "sfpformat.serving.vllm:plugin"' in text
 

@@ -29,6 +29,12 @@ class BaseModelLoader(ABC):
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Fills a model."""
 
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """Makes a model and fills it."""
+        model: nn.Module = vllm_config.make()
+        self.load_weights(model, model_config)
+        return model
+
 
 class DefaultModelLoader(BaseModelLoader):
     """The loader that has the rule for quantised models."""

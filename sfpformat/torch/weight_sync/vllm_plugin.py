@@ -104,7 +104,7 @@ def require_interface(
         ModuleNotFoundError: vLLM is not installed.
         MismatchError: something is missing, or has other parameters. Names it and both versions.
     """
-    importlib.import_module("vllm")
+    package = importlib.import_module("vllm")
     wrong = [words for entry in interface if (words := _difference(*entry)) is not None]
     for (module, name), methods in abstract.items():
         found = _found(module, name)
@@ -112,8 +112,9 @@ def require_interface(
         if more:
             wrong.append(f"{name} also has {listed(more)}")
     if wrong:
+        version = getattr(package, "__version__", None) or version_of("vllm")  # packages have several names
         raise MismatchError(
-            f"vLLM {version_of('vllm')} has another interface of {purpose} than {WRITTEN_FOR}, "
+            f"vLLM {version} has another interface of {purpose} than {WRITTEN_FOR}, "
             f"for which sfpformat was written: {'; '.join(wrong)}. Use another version of one of them"
         )
 
