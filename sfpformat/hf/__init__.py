@@ -4,6 +4,9 @@ Needs transformers 5 or later (``pip install 'sfpformat[hf]'``). A folder is wha
 configuration, the tokenizer and so on, but with the weights in ``model.sfp`` or in shards with
 ``model.sfp.index.json``. Loading a folder never executes code from it.
 
+The import of this module also makes ``from_pretrained`` of transformers' own classes, and so pipelines,
+sentence-transformers and peft, load such folders (`sfpformat.hf.automatic`).
+
 Example::
 
     import sfpformat.hf
@@ -21,7 +24,10 @@ if importlib.util.find_spec("transformers") is None:
         "sfpformat.hf needs transformers: pip install 'sfpformat[hf]'", name="transformers"
     )
 
+from . import automatic
 from .loading import from_pretrained
 from .saving import save_pretrained
+
+automatic.install()
 
 __all__ = ["from_pretrained", "save_pretrained"]

@@ -12,7 +12,7 @@ from typing import Any, cast
 import transformers
 
 from ..errors import OptionError
-from ..io.paths import INDEX_SUFFIX, SUFFIX, model_location
+from ..io.paths import INDEX_SUFFIX, SUFFIX, model_location, models_in
 from ..io.remote.location import Location, OpenFile, location_of
 from ..io.remote.source import read_whole
 from ..names import quoted
@@ -36,7 +36,8 @@ def folder_of(source: Source, revision: str | None = None, cache: str | None = N
 
     Raises:
         OptionError: there is no such folder, and the source is not the id of a repository, or
-            huggingface_hub is not installed; or a revision is given for a folder.
+            huggingface_hub is not installed; or a revision is given for a folder; or the repository has no
+            `.sfp` file.
         Exception: an exception of huggingface_hub: the repository cannot be fetched.
     """
     path = Path(cast(str, source))
@@ -61,6 +62,8 @@ def folder_of(source: Source, revision: str | None = None, cache: str | None = N
         found = snapshot_download(words, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS))
     except HFValidationError as error:
         raise OptionError(f"there is no folder {path}, and it is not the id of a repository") from error
+    if not models_in(Path(found)):
+        raise OptionError(f"the repository {words} has no {SUFFIX} file at revision {revision or 'main'}")
     return Path(found)
 
 

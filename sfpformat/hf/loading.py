@@ -101,8 +101,7 @@ def from_pretrained(
                 kind, config, weights, dtype, device_map, strict, limits, threads, engine, settings
             )
         model.config.name_or_path = model.name_or_path = str(source)
-        if model.can_generate() and (folder / _GENERATION).is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        restore_generation(model, folder)
     return model.eval()
 
 
@@ -133,16 +132,39 @@ def _dense(
             ignore_mismatched_sizes=True,  # reported below; transformers itself raises a RuntimeError
             **settings,
         )
-    mismatched = [
+    require_filled(kind, info, strict=strict)
+    return model
+
+
+def require_filled(
+    kind: Any, info: Any, *, strict: bool, unexpected: bool = True, mismatched: bool = True
+) -> None:
+    """Raises if a loaded model has weights that the file has not filled.
+
+    Args:
+        kind: its class.
+        info: what transformers reports with ``output_loading_info=True``.
+        strict: whether missing and unexpected weights raise. False warns of them.
+        unexpected: whether weights of the file that the model lacks count.
+        mismatched: whether weights whose shapes differ count.
+
+    Warns:
+        SfpWarning: weights are missing or unexpected, if not ``strict``.
+
+    Raises:
+        MismatchError: shapes differ, or weights are missing or unexpected.
+    """
+    shapes = [
         f"{name}: {list(found)} in the file, {list(needed)} in the model"
         for name, found, needed in info["mismatched_keys"]
     ]
-    if mismatched:
-        raise MismatchError(f"the shapes do not fit {kind.__name__}: {listed(sorted(mismatched))}")
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if shapes and mismatched:
+        raise MismatchError(f"the shapes do not fit {kind.__name__}: {listed(sorted(shapes))}")
+    missing = sorted(info["missing_keys"])
+    others = sorted(info["unexpected_keys"]) if unexpected else []
     words = [
         f"{what}: {listed(names)}"
-        for what, names in (("missing in the file", missing), ("unexpected in the file", unexpected))
+        for what, names in (("missing in the file", missing), ("unexpected in the file", others))
         if names
     ]
     if words and strict:
@@ -150,13 +172,18 @@ def _dense(
             f"the file does not fit {kind.__name__}: {'; '.join(words)}. If this is intended, for instance "
             "for a new head, pass strict=False",
             missing,
-            unexpected,
+            others,
         )
     if words:
         warnings.warn(
-            SfpWarning(f"{kind.__name__}: {'; '.join(words)}. Missing weights are random"), stacklevel=3
+            SfpWarning(f"{kind.__name__}: {'; '.join(words)}. Missing weights are random"), stacklevel=4
         )
-    return model
+
+
+def restore_generation(model: Any, folder: Path) -> None:
+    """Gives a model the generation configuration of its folder, if both have one."""
+    if model.can_generate() and (folder / _GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def _compressed(

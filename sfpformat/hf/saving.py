@@ -77,7 +77,7 @@ def save_pretrained(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise OptionError(f"{target} is a file, not a folder")
-    others = sorted(path.name for path in _weights_in(target))
+    others = sorted(path.name for path in weights_in(target))
     if others:
         raise OptionError(
             f"{target} has weights of another format, which loaders would take: {listed(others)}; remove them"
@@ -96,7 +96,7 @@ def save_pretrained(
         _move(new, target)
 
 
-def _weights_in(folder: Path) -> Iterator[Path]:
+def weights_in(folder: Path) -> Iterator[Path]:
     """Yields the dense weights in a folder under names that transformers loads."""
     for pattern in (f"{_STEM}*{_DENSE}*", "pytorch_model*.bin*"):
         yield from folder.glob(pattern)

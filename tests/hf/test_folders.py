@@ -366,12 +366,6 @@ def test_a_folder_without_configuration_or_weights_is_named(tmp_path: Path) -> N
         from_pretrained(tmp_path / "m")
 
 
-def test_transformers_alone_refuses_the_folder_instead_of_random_weights(tmp_path: Path) -> None:
-    save_pretrained(llama(), tmp_path / "m")
-    with pytest.raises(OSError, match="no file named"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-
-
 def test_a_repository_in_the_cache_of_the_hub_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +15,9 @@ from sfpformat.errors import OptionError
 from sfpformat.hf import from_pretrained, save_pretrained
 from sfpformat.torch import SfpLinear
 
-from ..io.test_remote_hub import OLD, Hub, at
+from ..io.test_remote_hub import at
 from ..support.file_server import FileServer, serving
+from ..support.hub_server import Hub
 from .test_folders import IDS, llama
 
 WEIGHTS = "model.sfp"
@@ -73,14 +73,14 @@ def test_a_model_is_loaded_from_a_folder_of_another_file_system(memory: str) -> 
 
 
 def test_a_model_on_a_hub_is_loaded_at_its_commit_and_generates(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / OLD)
     hub = Hub(tmp_path)
+    commit = hub.commit("org/model", folder)
     with serving(tmp_path, hub.routes) as server:
         model = from_pretrained(at(server, "org/model@main"))
         assert_like_llama(model)
         assert torch.equal(model.generate(IDS), llama().generate(IDS))
         fetched = [one.path for one in server.answered if "/resolve/" in one.path]
-        assert [path for path in fetched if OLD not in path] == ["/org/model/resolve/main/config.json"]
+        assert [path for path in fetched if commit not in path] == ["/org/model/resolve/main/config.json"]
 
 
 def test_a_url_without_configuration_and_a_revision_are_refused(memory: str) -> None:

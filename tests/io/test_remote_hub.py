@@ -14,58 +14,32 @@ from aiohttp import web
 from huggingface_hub import HfFileSystem
 
 import sfpformat
-from sfpformat import RemoteError
+from sfpformat import OptionError, RemoteError
 from sfpformat.numpy import load_file, save_file
 
 from ..support.file_server import FileServer, Handler, serving
+from ..support.hub_server import STRANGER, TOKEN, Hub
 from .test_remote import ARRAYS, arrays, assert_same, sharded
 
-OLD, NEW = "a" * 40, "b" * 40
-
-
-class Hub:
-    """A repository ``org/model`` with two commits, each a folder; ``main`` is one of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.main = folder, OLD
-
-    def routes(self, router: web.UrlDispatcher) -> None:
-        router.add_get("/api/models/org/model/revision/{revision}", self._info)
-        router.add_get("/api/models/org/model", self._info)
-        router.add_get("/org/model/resolve/{revision}/{name}", self._file)
-        router.add_get("/api/models/org/model/tree/{revision}", self._tree)
-
-    def _commit(self, request: web.Request) -> str:
-        commit = request.match_info.get("revision", "main")
-        commit = self.main if commit == "main" else commit
-        if not (self.folder / commit).is_dir():
-            raise web.HTTPNotFound(headers={"X-Error-Code": "RevisionNotFound"})
-        return commit
-
-    async def _info(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"id": "org/model", "sha": self._commit(request), "siblings": []})
-
-    async def _tree(self, request: web.Request) -> web.StreamResponse:
-        files = (self.folder / self._commit(request)).iterdir()
-        entries = [
-            {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0"} for path in files
-        ]
-        return web.json_response(entries)
-
-    async def _file(self, request: web.Request) -> web.StreamResponse:
-        commit = self._commit(request)
-        path = self.folder / commit / request.match_info["name"]
-        if not path.exists():
-            raise web.HTTPNotFound(headers={"X-Error-Code": "EntryNotFound"})
-        return web.FileResponse(path, headers={"X-Repo-Commit": commit})
+MODEL = "org/model"
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Hub:
-    for commit, seed in ((OLD, 0), (NEW, 1)):
-        (tmp_path / commit).mkdir()
-        save_file(arrays(seed=seed), tmp_path / commit / "m.sfp")
-    return Hub(tmp_path)
+    """A hub with a model of two commits, of which ``main`` is the older one."""
+    (tmp_path / "hub").mkdir()
+    hub = Hub(tmp_path / "hub")
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        save_file(arrays(seed=seed), tmp_path / str(seed) / "m.sfp")
+        hub.commit(MODEL, tmp_path / str(seed))
+    hub.repositories[MODEL].refs["main"] = commits(hub)[0]
+    return hub
+
+
+def commits(hub: Hub) -> list[str]:
+    """The commits of the model, the oldest first."""
+    return list(hub.repositories[MODEL].commits)
 
 
 @pytest.fixture
@@ -74,18 +48,18 @@ def server(hub: Hub, tmp_path: Path) -> Iterator[FileServer]:
         yield found
 
 
-def at(server: FileServer, path: str) -> Any:
+def at(server: FileServer, path: str, token: str | bool = False) -> Any:
     """The file of the hub at the server. Users write ``"hf://..."``, for the hub itself."""
-    fs = HfFileSystem(endpoint=server.url, token=False, skip_instance_cache=True)
+    fs = HfFileSystem(endpoint=server.url, token=token, skip_instance_cache=True)
     return fsspec.core.OpenFile(fs, path)
 
 
 def test_a_branch_is_read_at_the_commit_that_it_had_at_opening(server: FileServer, hub: Hub) -> None:
     with sfpformat.open(at(server, "org/model/m.sfp")) as file:
-        hub.main = NEW
+        hub.repositories[MODEL].refs["main"] = commits(hub)[1]
         assert_same(file.get_tensors(), ARRAYS)
     assert_same(load_file(at(server, "org/model@main/m.sfp")), arrays(seed=1))
-    assert_same(load_file(at(server, f"org/model@{OLD}/m.sfp")), ARRAYS)
+    assert_same(load_file(at(server, f"org/model@{commits(hub)[0]}/m.sfp")), ARRAYS)
 
 
 def test_opening_asks_for_the_commit_and_then_for_two_ranges(server: FileServer, tmp_path: Path) -> None:
@@ -96,22 +70,23 @@ def test_opening_asks_for_the_commit_and_then_for_two_ranges(server: FileServer,
         server.answered.clear()
         assert_same(file.get_tensors(), ARRAYS)
         assert server.rounds == 1
-    size = (tmp_path / OLD / "m.sfp").stat().st_size
+    size = (tmp_path / "0" / "m.sfp").stat().st_size
     assert size - (130 << 10) < server.size < size
 
 
-def test_a_commit_needs_no_head(server: FileServer) -> None:
-    with sfpformat.open(at(server, f"org/model@{NEW}/m.sfp")):
+def test_a_commit_needs_no_head(server: FileServer, hub: Hub) -> None:
+    with sfpformat.open(at(server, f"org/model@{commits(hub)[1]}/m.sfp")):
         assert [one.method for one in server.answered] == ["GET", "GET", "GET"]
 
 
 def test_shards_are_of_the_commit_of_their_index(server: FileServer, hub: Hub, tmp_path: Path) -> None:
-    tensors = sharded(tmp_path / OLD)
+    tensors = sharded(tmp_path / "0")
+    commit = hub.commit(MODEL, tmp_path / "0")
     with sfpformat.open(at(server, "org/model/m.sfp.index.json")) as file:
         assert_same(file.get_tensors(), tensors)
     paths = [one.path for one in server.answered if "-of-00003" in one.path]
     assert len(paths) >= 6
-    assert all(OLD in path for path in paths)
+    assert all(commit in path for path in paths)
 
 
 def test_a_repository_with_one_model_is_opened_by_its_name(server: FileServer) -> None:
@@ -119,10 +94,36 @@ def test_a_repository_with_one_model_is_opened_by_its_name(server: FileServer) -
 
 
 def test_missing_files_and_revisions_are_named(server: FileServer) -> None:
-    with pytest.raises(FileNotFoundError, match=r"org/model@main/none\.sfp"):
+    with pytest.raises(FileNotFoundError, match=r"no such file at this revision.*org/model@main/none\.sfp"):
         sfpformat.open(at(server, "org/model@main/none.sfp"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no such revision.*nowhere"):
         sfpformat.open(at(server, "org/model@nowhere/m.sfp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "kind", "words"),
+    [
+        (MODEL, False, PermissionError, r"is private: log in \('hf auth login', or the variable HF_TOKEN\)"),
+        (MODEL, "hf_wrong", PermissionError, "the hub does not know the token"),
+        (MODEL, STRANGER, FileNotFoundError, "no such repository, or the token has no access to it"),
+        ("org/none", False, PermissionError, "there is no such repository, or it is private"),
+        ("org/none", TOKEN, FileNotFoundError, "no such repository"),
+    ],
+)
+def test_repositories_without_access_say_how_to_log_in(
+    server: FileServer, hub: Hub, name: str, token: str | bool, kind: type[OSError], words: str
+) -> None:
+    hub.repositories[MODEL].private = True
+    for path in (name, f"{name}/m.sfp", f"{name}@main/m.sfp"):
+        with pytest.raises(kind, match=words):
+            sfpformat.open(at(server, path, token))
+    assert_same(load_file(at(server, f"{MODEL}/m.sfp", TOKEN)), ARRAYS)
+
+
+@pytest.mark.parametrize("url", ["hf://", "hf://organisation"])
+def test_a_url_without_a_repository_is_refused(url: str) -> None:
+    with pytest.raises(OptionError, match="names no repository: hf://organisation/name"):
+        sfpformat.open(url)
 
 
 @pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (200, RemoteError)])

@@ -19,6 +19,8 @@ from .http import CONTENT_RANGE
 from .location import Location, first_line
 from .ranges import HEAD, TAIL, THREADS, Start, require_size
 
+# How users give a token, for messages.
+_LOGIN = "'hf auth login', or the variable HF_TOKEN"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The first part of paths of `HfFileSystem`, for each type of repository.
 _FOLDERS = {"model": "", "dataset": "datasets/", "space": "spaces/", "kernel": "kernels/"}
@@ -121,9 +123,28 @@ def _errors_named(location: Location) -> Iterator[None]:
     except RemoteError:
         raise
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, FileNotFoundError) or (status == 404 and "Gated" not in type(error).__name__):
-            raise FileNotFoundError(errno.ENOENT, first_line(error), str(location)) from error
-        if status in (401, 403):
-            raise PermissionError(errno.EACCES, first_line(error), str(location)) from error
-        raise RemoteError(f"{location}: {type(error).__name__}: {first_line(error)}") from error
+        raise _named(error, location) from error
+
+
+def _named(error: Exception, location: Location) -> OSError:
+    """Returns the error that names the file, for an exception of huggingface_hub."""
+    kind = type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "Gated" in kind:
+        words = "the repository is gated: ask for access on its page, and log in"
+        return PermissionError(errno.EACCES, f"{words} ({_LOGIN})", str(location))
+    if status == 401:
+        words = f"there is no such repository, or it is private: log in ({_LOGIN})"
+        if "invalid credentials" in str(error).lower():
+            words = f"the hub does not know the token; log in again ({_LOGIN})"
+        return PermissionError(errno.EACCES, words, str(location))
+    if status == 403:
+        return PermissionError(errno.EACCES, f"the token has no access ({first_line(error)})", str(location))
+    if isinstance(error, FileNotFoundError) or status == 404:
+        words = "there is no such repository, or the token has no access to it"
+        if "Entry" in kind:
+            words = "the repository has no such file at this revision"
+        elif "Revision" in kind or "revision" in str(error):
+            words = "the repository has no such revision"
+        return FileNotFoundError(errno.ENOENT, words, str(location))
+    return RemoteError(f"{location}: {kind}: {first_line(error)}")

@@ -64,6 +64,10 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise OptionError(f"{scheme}:// cannot be read: {error}{how}") from error
     except ValueError as error:
         raise OptionError(f"{shown(url)}: {error}") from error
+    if scheme == "hf" and "/" not in path:
+        raise OptionError(
+            f"{url} names no repository: hf://organisation/name, or hf://organisation/name@revision/model.sfp"
+        )
     return fs, path
 
 
