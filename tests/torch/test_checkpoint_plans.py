@@ -17,7 +17,7 @@ from sfpformat.dtypes import DTYPES
 from sfpformat.encode.sink import MemorySink
 from sfpformat.encode.writer import Writer
 from sfpformat.torch.distributed_checkpoint.balance import divided
-from sfpformat.torch.distributed_checkpoint.boxes import Box, elements_before, positions_of
+from sfpformat.torch.distributed_checkpoint.boxes import Box, elements_before, elements_of, positions_of
 from sfpformat.torch.distributed_checkpoint.reading_plan import Piece, plan_reading
 from sfpformat.torch.distributed_checkpoint.writing_plan import Whole, plan_writing
 
@@ -79,6 +79,10 @@ def test_every_element_arrives_once_and_every_chunk_is_read_once(
         read.extend((piece.tensor, k) for k in range(piece.low // size, -(-piece.high // size)))
         for box, first, stop in piece.cuts:
             positions = positions_of(box.selection(entry.shape), first, stop)
+            values = np.arange(piece.low, piece.high)
+            assert np.array_equal(
+                elements_of(values, piece.low, box.selection(entry.shape), first, stop), positions
+            )
             assert piece.low <= positions[0]
             assert positions[-1] < piece.high
             place = arrived[piece.tensor, box.rank]

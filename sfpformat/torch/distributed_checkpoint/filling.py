@@ -16,7 +16,7 @@ from ...decode.tensor import TensorDecoder
 from ..loading import fits, loses_values, warn_of_lost_values
 from ..tensors import Array, count_write, memory_of, torch_dtype
 from . import objects
-from .boxes import positions_of
+from .boxes import elements_of
 from .reading_plan import Cut, Piece, Round
 
 
@@ -92,12 +92,8 @@ class Filling:
             selection = Selection((len(run),), np.array([piece.low]), run)
             values = self._file.decode(entry, selection, entry.dtype.numpy, TensorDecoder.weights_into)
             for cut in piece.cuts:
-                whole = cut.box.selection(entry.shape)
-                if whole.contiguous:
-                    at = int(whole.starts[0]) + whole.run.start - piece.low
-                    some = values[at + cut.first : at + cut.stop]
-                else:
-                    some = values[positions_of(whole, cut.first, cut.stop) - piece.low]
+                box = cut.box.selection(entry.shape)
+                some = elements_of(values, piece.low, box, cut.first, cut.stop)
                 if cut.box.rank == self._rank:
                     self._fill(piece.tensor, cut, some)
                 else:

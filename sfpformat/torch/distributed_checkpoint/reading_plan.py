@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ...container.entry import TensorEntry
 from .balance import divided
-from .boxes import Box, elements_before, positions_of
+from .boxes import Box, elements_before, position_at
 
 # Bytes of elements that a process decodes before it sends them.
 ROOM = 32 << 20
@@ -113,8 +113,8 @@ class _Tensor:
             low, high = int(before[first]), int(before[stop])
             if low < high:
                 cuts.append(Cut(box, low, high))
-                ends.append(int(positions_of(selection, low, low + 1)[0]))
-                ends.append(int(positions_of(selection, high - 1, high)[0]))
+                ends.append(position_at(selection, low))
+                ends.append(position_at(selection, high - 1))
         return Piece(self.entry.name, min(ends), max(ends) + 1, tuple(cuts))
 
     def pieces(self, first: int, stop: int, room: int) -> list[Piece]:
