@@ -16,6 +16,7 @@ from ..names import listed
 from ..torch import safe_open
 from ..torch.lazy_tensor import lazy_weights
 from .sources import file_of
+from .unfilled import Marks
 from .vllm import QUANTIZATION
 
 _OPTIONS = {"strict": True, "threads": None, "engine": None, "keep": 0}
@@ -102,13 +103,16 @@ class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be
                 f"{kind} also takes weights from {listed(further)}; load format sfp has one source"
             )
         used: set[str] = set()
+        marks = Marks(model)
         with self._open(model_config) as file:
             found = model.load_weights(lazy_weights(file, used=used))
             unused = sorted(set(file) - used)
+        missing = [one.name for one in marks.unfilled()]
         if found is None:
-            _warn(f"{kind} does not report which parameters it has filled, so that none can be checked")
+            _warn(f"{kind} does not report which parameters it has filled, so that few can be checked")
         else:
-            self._require_filled(model, set(found), model_config.quantization, unused)
+            missing += self._unfilled(model, set(found), model_config.quantization)
+        self._require_filled(kind, missing, unused)
         if unused and not _has_other_parts():
             _warn(f"{kind} does not use tensors of {model_config.model}: {listed(unused)}")
 
@@ -116,16 +120,13 @@ class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be
         where = file_of(model_config.model, model_config.revision, self.load_config.download_dir)
         return safe_open(where, threads=self.options["threads"], engine=self.options["engine"])
 
-    def _require_filled(
-        self, model: nn.Module, found: set[str], quantization: str | None, unused: list[str]
-    ) -> None:
-        """Checks that each parameter has got values. vLLM's check exempts all linear layers, hence this one.
+    def _unfilled(self, model: nn.Module, found: set[str], quantization: str | None) -> list[str]:
+        """Returns the names of parameters without values. vLLM's check exempts all linear layers.
 
         Args:
             model: the model.
             found: the names of the parameters that were filled, as ``load_weights`` reports them.
             quantization: the method of vLLM, whose rule says which parameters no checkpoint has.
-            unused: the tensors of the file that were not used, for the error.
         """
         missing = sorted({name for name, _ in model.named_parameters()} - found)
         if missing and quantization not in (None, QUANTIZATION):
@@ -134,9 +135,13 @@ class SfpModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM need not be
                 missing = []
             except ValueError:
                 missing = sorted(set(missing) - found)  # vLLM has added those that need no tensor
+        return missing
+
+    def _require_filled(self, kind: str, missing: list[str], unused: list[str]) -> None:
+        """Raises an error, or warns if not ``strict``, if parameters of a model have no values."""
         if not missing:
             return
-        words = f"no tensor of the file fills parameters of {type(model).__name__}: {listed(missing)}"
+        words = f"no tensor of the file fills parameters of {kind}: {listed(missing)}"
         if self.options["strict"]:
             more = f". Tensors that are not used: {listed(unused)}" if unused else ""
             raise MismatchError(f"{words}{more}", missing, unused)

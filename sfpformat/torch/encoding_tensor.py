@@ -141,8 +141,8 @@ def _rows(rows: EncodedRows, start: int, stop: int) -> EncodingTensor:
 
 def _refused(tensor: EncodingTensor, what: str) -> OptionError:
     return OptionError(
-        f"{tensor.rows.name} is compressed while it is loaded: {what} is not possible, only copy_ and fill_ "
-        "of whole rows. Load this model without compressed layers"
+        f"{tensor.rows.name} is compressed while it is loaded, and takes copy_ and fill_ of whole rows, not "
+        f"{what}. Load this model without compressed layers"
     )
 
 
@@ -190,7 +190,7 @@ def _fill(tensor: EncodingTensor, value: float) -> EncodingTensor:
 def _moved(tensor: EncodingTensor, *args: Any, **kwargs: Any) -> EncodingTensor:
     like = torch.empty(0, dtype=tensor.rows.dtype, device="cpu").to(*args, **kwargs)
     if like.dtype != tensor.rows.dtype or (not like.is_meta and _names_a_device(args, kwargs)):
-        raise _refused(tensor, "to another device or dtype")
+        raise _refused(tensor, "a move to another device or dtype, as offloading does")
     return _whole(tensor)
 
 
@@ -199,7 +199,7 @@ def _names_a_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _no_data(tensor: EncodingTensor, value: Any) -> None:
-    raise _refused(tensor, "to replace its data, as offloading to the CPU does")
+    raise _refused(tensor, "other memory, as offloading gives it")
 
 
 _ALLOWED = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sfpformat import OptionError, SfpWarning
+from sfpformat import MismatchError, OptionError, SfpWarning
 from sfpformat.serving import register_sglang_hook
 from sfpformat.serving.sglang import TARGET
 from sfpformat.torch import save_file
@@ -50,9 +50,15 @@ class HookRegistry:
     def register(cls, target: str, hook: Any, hook_type: HookType, *, source: Any = None) -> None:
         """Registers, and applies at once; SGLang applies hooks after all plug-ins."""
         assert hook_type is HookType.AROUND
-        owner = getattr(sys.modules[MODULE], KIND)
-        original = getattr(owner, METHOD)
-        setattr(owner, METHOD, lambda *args, **kwargs: hook(original, *args, **kwargs))
+        module, kind, method = target.rsplit(".", 2)
+        owner = getattr(sys.modules[module], kind)
+        original = getattr(owner, method)
+
+        def around(*args: Any, **kwargs: Any) -> Any:
+            return hook(original, *args, **kwargs)
+
+        is_static = isinstance(owner.__dict__[method], staticmethod)
+        setattr(owner, method, staticmethod(around) if is_static else around)
 
     @classmethod
     def apply_hooks(cls) -> None:
@@ -66,6 +72,10 @@ def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     class DefaultModelLoader:
         def _get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Any]]:
             yield "other", torch.ones(1)
+
+        @staticmethod
+        def load_weights_only(model: Any, weights: Any, target_device: torch.device) -> None:
+            model.load_weights(weights)
 
     module = ModuleType(MODULE)
     module.__dict__[KIND] = DefaultModelLoader
@@ -125,13 +135,68 @@ def test_unused_tensors_are_a_warning_and_further_sources_an_error(loader: Any, 
         next(loader._get_all_weights(model_config(tmp_path), model))
 
 
+class Model(torch.nn.Module):
+    """Query, key and value in one layer, an output head, and scales that have defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(4, 12)
+        self.qkv.__dict__["output_partition_sizes"] = [4, 4, 4]
+        self.head = torch.nn.Linear(4, 8, bias=False)
+        self.head.__dict__["org_vocab_size"] = 8
+        self.k_scale = torch.nn.Parameter(torch.ones(1))
+        for layer in (self.qkv, self.head):
+            layer.__dict__["quant_method"] = object()
+
+    ignored: frozenset[str] | set[str] = frozenset()
+
+    def load_weights(self, weights: Any) -> None:
+        """Fills the layers."""
+        with torch.no_grad():
+            for name, tensor in list(weights):  # some models keep the tensors
+                if name in self.ignored:
+                    continue
+                layer, _, part = name.partition(".")
+                start = 4 * int(part or 0)
+                getattr(self, layer).weight[start : start + len(tensor)] = tensor
+                if layer == "qkv":
+                    self.qkv.bias.zero_()
+
+
+def test_linear_layers_without_values_are_an_error_and_heads_a_warning(loader: Any, tmp_path: Path) -> None:
+    weights = {name: torch.rand(4, 4) for name in ("qkv.0", "qkv.1", "qkv.2")} | {"head": torch.rand(8, 4)}
+
+    def load(model: Model, *without: str) -> Model:
+        save_file({name: one for name, one in weights.items() if name not in without}, tmp_path / "m.sfp")
+        found = loader._get_all_weights(model_config(tmp_path), model)
+        loader.load_weights_only(model, found, torch.device("cpu"))
+        return model
+
+    model = load(Model())
+    assert torch.equal(model.qkv.weight, torch.cat([weights[f"qkv.{n}"] for n in range(3)]))
+    assert model.k_scale.tolist() == [1]
+    with pytest.raises(MismatchError, match=r"parameters of Model: 'qkv\.weight, rows 8 to 12'$") as error:
+        load(Model(), "qkv.2", "head")
+    assert error.value.missing == ("qkv.weight, rows 8 to 12",)
+    with pytest.warns(SfpWarning, match=r"Model: 'head\.weight'\. Their values are arbitrary"):
+        load(Model(), "head")
+    weights["x"] = torch.ones(3)
+    model.ignored = {"x"}
+    with pytest.warns(SfpWarning, match=r"Model does not use tensors of .*: 'x'$"):
+        load(model)
+    before = model.qkv.weight[8:].clone()
+    load(model, "qkv.2", "head", "x")  # a second load may replace some weights only
+    assert torch.equal(model.qkv.weight[8:], before)
+
+
 def test_the_entry_point_names_the_function() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'sfpformat = "sfpformat.serving.sglang:register_sglang_hook"' in text
 
 
 @needs_sglang
-def test_the_hooked_method_has_the_parameters_of_sglang() -> None:
+def test_the_hooked_methods_have_the_parameters_of_sglang() -> None:
     assert SGLANG is not None
     found = parameters(SGLANG / "srt" / "model_loader" / "loader.py")
     assert found[f"{KIND}.{METHOD}"] == ["model_config", "model"]
+    assert found[f"{KIND}.load_weights_only"] == ["model", "weights", "target_device"]

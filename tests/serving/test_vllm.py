@@ -224,6 +224,20 @@ def test_parameters_that_no_tensor_fills_raise_an_error_with_their_names(
 
 
 @pytest.mark.usefixtures("vllm")
+def test_a_matrix_of_a_combined_layer_that_no_tensor_fills_is_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({name: one for name, one in checkpoint().items() if name != "v.weight"}, tmp_path / "a.sfp")
+    model = Model(parameter(False, 0, monkeypatch), 1, 0)
+    model.qkv.__dict__["output_partition_sizes"] = [OUT, OUT, OUT]
+    load(model, folder)
+    with pytest.raises(MismatchError, match=r"fills parameters of Model: 'qkv\.weight, rows 2048 to 3072'"):
+        load(model, tmp_path / "a.sfp")
+    with pytest.warns(SfpWarning, match="rows 2048 to 3072"):
+        load(model, tmp_path / "a.sfp", strict=False)
+
+
+@pytest.mark.usefixtures("vllm")
 def test_compressed_layers_are_reported_and_keep_needs_them(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

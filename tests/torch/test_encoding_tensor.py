@@ -126,7 +126,7 @@ REFUSED: tuple[Callable[[Any], Any], ...] = (
 @pytest.mark.parametrize("act", REFUSED)
 def test_operations_that_would_be_lost_are_refused(act: Callable[[Any], Any]) -> None:
     weight = EncodingTensor.make("w", (8, 64), BF16)
-    with pytest.raises(OptionError, match=r"w is compressed while it is loaded: .* is not possible"):
+    with pytest.raises(OptionError, match=r"w is compressed while it is loaded, .* rows, not "):
         act(weight)
 
 
