@@ -311,7 +311,9 @@ def settings(server: FileServer, cache: Path, token: str | None = None) -> dict[
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        **({} if token is None else {"HF_TOKEN": token}),
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HF_TOKEN": token or "",  # replaces one of the environment
     }
 
 
