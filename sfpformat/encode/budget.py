@@ -27,7 +27,8 @@ from .importances import checked_importance
 from .level_sources import sampled_survivors
 from .plan import exact_bits, flat_mask
 from .quantise import SAMPLE, error_weights, exact_sum, mean_of
-from .step_search import CLOSE, Sampled, turning_point
+from .step_search import CLOSE, Sampled
+from .turning_point import Guess, turning_point
 
 # Approximate maximum of the size of all samples together, in weights. The search evaluates them 24 times.
 _ALL_SAMPLES = 1 << 21
@@ -65,6 +66,11 @@ class Candidate:
     def exact_bits(self) -> float:
         """Returns an estimate of the tensor's bits (times 2^16) in lossless coding."""
         return self.exact * self.positions * (1 << FRACTION)
+
+    @property
+    def survivors(self) -> float:
+        """An estimate of the tensor's number of survivors."""
+        return self._whole(len(self.sample.magnitudes))
 
     def _whole(self, of_sample: int) -> float:
         return of_sample * (self.positions / self.sample.positions) if self.sample.positions else 0.0
@@ -243,7 +249,10 @@ def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
     def excess(common: float) -> float:
         return sum(c.bits(_step(c, common)) for c in candidates) - allowed
 
-    common = turning_point(excess, greatest, -CLOSE * allowed)[1]
+    survivors = sum(c.survivors for c in candidates)
+    bits = (allowed - sum(c.mask_bits() for c in candidates)) / (max(survivors, 1) * (1 << FRACTION))
+    mean = sum(c.sample.mean / c.unit * c.survivors for c in candidates) / max(survivors, 1)
+    common = turning_point(excess, greatest, -CLOSE * allowed, Guess.of(mean, bits, survivors))[1]
     steps = [_step(c, common) for c in candidates]
     used = zip(candidates, steps, strict=True)
     lost = [c.sample.loses_all(step) for c, step in used if c.sample.magnitudes.any()]

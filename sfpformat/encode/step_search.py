@@ -19,8 +19,8 @@ from .finite import Reconstruction
 from .number_bits import numbers_bits, pairs_bits, zeros_bits
 from .number_counts import Magnitudes, NumberCounts
 from .quantise import F64, UniformNumbers, WeighedNumbers, exact_sum, weighed_numbers, weighing_numbers
+from .turning_point import Guess, turning_point
 
-_NEAR = 8  # units in the last place of float32 that the result of a search may be away
 CLOSE = 1 / 4096  # of the allowed bits or error may remain unused; a sample is less exact
 _CODE_LOSS = 32  # prefix codes of a mask and levels take about 1/32 more than the entropy
 _REPEATED = 4  # errors are computed once for equal magnitudes if each occurs so often on average
@@ -105,6 +105,11 @@ class Sampled:
 
     def _reconstruction(self, step: float) -> Reconstruction:
         return Reconstruction(self.dtype, Uniform(np.float32(step)))
+
+    @cached_property
+    def mean(self) -> float:
+        """The mean magnitude; 0 without survivors."""
+        return exact_sum(self.magnitudes.astype(np.float64)) / max(len(self.magnitudes), 1)
 
     @property
     def pruned(self) -> int:
@@ -205,7 +210,7 @@ def step_for_bits(sample: Sampled, bits: float) -> float | None:
         found = sample.bits(step)
         return max(found[0] - levels, found[1] - whole) if counted else found[0] - levels
 
-    return _least_step(sample, excess, levels)
+    return _least_step(sample, excess, levels, bits)
 
 
 def step_for_budget(sample: Sampled, budget: float) -> float | None:
@@ -221,13 +226,17 @@ def step_for_budget(sample: Sampled, budget: float) -> float | None:
         raise OptionError(
             f"the mask alone takes more than the budget of {budget} bits per position; increase the budget"
         )
-    return _least_step(sample, lambda step: sample.bits(step)[1] - allowed, allowed)
+    bits = (allowed - sample.mask_bits()) / (max(len(sample.magnitudes), 1) << FRACTION)
+    return _least_step(sample, lambda step: sample.bits(step)[1] - allowed, allowed, bits)
 
 
-def _least_step(sample: Sampled, excess: Callable[[float], float], allowed: float) -> float | None:
+def _least_step(
+    sample: Sampled, excess: Callable[[float], float], allowed: float, bits: float
+) -> float | None:
     # With fixed width, the bits change in jumps, and the least step of a width has the least error.
     close = 0.0 if sample.widest is not None else -CLOSE * allowed
-    step = turning_point(excess, _greatest(sample.magnitudes), close)[1]
+    guess = Guess.of(sample.mean, bits, len(sample.magnitudes))
+    step = turning_point(excess, _greatest(sample.magnitudes), close, guess)[1]
     return None if sample.loses_all(step) else step
 
 
@@ -239,63 +248,11 @@ def step_for_error(sample: Sampled, allowed: float) -> float | None:
         left = most - sample.error(step)
         return left or math.ulp(0.0)  # the error may be equal
 
-    step = turning_point(room, _greatest(sample.magnitudes), CLOSE * most)[0]
+    # Small steps give a mean error of step² / 12, which grows by the factor 4 with each octave.
+    guess = Guess(math.sqrt(12 * allowed), max(1.4 * most, math.ulp(0.0)))
+    step = turning_point(room, _greatest(sample.magnitudes), CLOSE * most, guess)[0]
     return step if sample.error(step) <= most else None
 
 
 def _greatest(magnitudes: F32) -> float:
     return float(magnitudes.max(initial=0))
-
-
-def turning_point(excess: Callable[[float], float], greatest: float, close: float) -> tuple[float, float]:
-    """Searches for the step from which an excess is gone. Returns a step below it and a step above it.
-
-    The steps are equal if there is no excess at the least step, or still one at the greatest.
-
-    Bits fall by about one with each octave of the step. So the search interpolates between the ends of an
-    interval, by the Illinois variant of regula falsi (Dowell and Jarratt 1971, doi:10.1007/BF01934364), in
-    the bit patterns of float32, which grow about as the logarithm.
-
-    Args:
-        excess: positive for small steps, at most 0 for great ones.
-        greatest: the greatest magnitude.
-        close: an excess from 0 to this one ends the search, unless this is 0: one of at most 0 if this is
-            negative, else a positive one. Otherwise it ends when the steps differ by at most 1 part in 10^6.
-    """
-    if greatest == 0.0:
-        return 1.0, 1.0
-    low = max(_pattern(greatest / (1 << 20)), 1)
-    high = _pattern(min(greatest * 4, float(np.finfo(np.float32).max)))
-    above, below = excess(_number(low)), excess(_number(high))
-    if not above > 0:
-        return _number(low), _number(low)
-    if below > 0:
-        return _number(high), _number(high)
-    side, widths = 0, [math.inf, math.inf]  # before the last two rounds
-    while (width := high - low) > _NEAR:
-        middle, slope = (low + high) // 2, above - below
-        halved, widths = 2 * width <= widths[0], [widths[1], width]
-        if halved and 0 < slope < math.inf:  # else bisects, so that the rounds have a bound
-            estimate = low + int(width * (above / slope))
-            middle = min(max(estimate, low + _NEAR), high - _NEAR)
-        value = excess(_number(middle))
-        if value > 0:
-            low, above = middle, value
-            below = below / 2 if side > 0 else below
-            side = 1
-        else:
-            high, below = middle, value
-            above = above / 2 if side < 0 else above
-            side = -1
-        if (close <= value <= 0 and close) or 0 < value <= close:
-            break
-    return _number(low), _number(high)
-
-
-def _pattern(number: float) -> int:
-    """Returns the bit pattern of a number, at least 0, as float32."""
-    return int(np.float32(number).view(np.uint32))
-
-
-def _number(pattern: int) -> float:
-    return float(np.uint32(pattern).view(np.float32))

@@ -16,7 +16,7 @@ import sfpformat
 from sfpformat import PRESETS, OptionError, Options, Table, Uniform
 from sfpformat.coding.classes import FRACTION, best_layout, entropies, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
-from sfpformat.encode.level_sources import table
+from sfpformat.encode.level_sources import table, uniform
 from sfpformat.encode.level_sources.table import lloyd_max
 from sfpformat.encode.number_counts import Magnitudes
 from sfpformat.encode.quantise import weighing_numbers
@@ -326,3 +326,19 @@ def test_levels_of_a_table_looked_up_by_bit_pattern_equal_those_of_a_search(
     found = save({"w": weights}, options=options)
     monkeypatch.setattr(table, "_LOOKED_UP", 1 << 40)
     assert save({"w": weights}, options=options) == found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mask", ["auto", "none"])
+@pytest.mark.parametrize(
+    "quantiser", [Uniform(bits=4), Uniform(step=0.1), Uniform(step=0.7, rate_weight=0), Uniform(error_db=-30)]
+)
+def test_levels_of_a_step_looked_up_by_bit_pattern_equal_those_of_a_division(
+    dtype: str, mask: str, quantiser: Uniform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = np.random.default_rng(1).standard_normal((512, 300)).astype(dtype)
+    weights[3, :9], weights[4, :9] = 0.0, -0.0
+    weights[5, :2] = np.finfo(np.float16).max, -np.finfo(np.float16).max
+    found = save({"w": weights}, options=Options(quantiser, mask=mask))
+    monkeypatch.setattr(uniform, "_LOOKED_UP", 1 << 40)
+    assert save({"w": weights}, options=Options(quantiser, mask=mask)) == found

@@ -123,7 +123,9 @@ class Bench:
         batches = partial(_batches, device=options.device)
         self.calibration = batches(windows[:known], 1)
         self.held_out = batches(windows[known : known + HELD_OUT], 2)
-        self.learned_from = batches(windows[known + HELD_OUT :], options.batch)
+        rest = windows[known + HELD_OUT :]
+        self.learned_from = batches(rest[: options.windows], options.batch)
+        self._most = sum(len(batch["input_ids"]) for batch in self.learned_from)
         self.texts = {
             "code": batches(self._windows(_read(modules[1::3][20:]), options.evaluated), 4),
             "prose": batches(self._windows([_held_out_prose()], options.evaluated), 4),
@@ -208,6 +210,8 @@ class Bench:
         )
         words = "-".join(str(part) for part in (options.steps, options.batch, options.minutes, options.seed))
         changed = "".join(f"-{name}-{value}" for name, value in options.settings.items()) + self._mixed
+        if options.windows is not None:
+            changed += f"-{options.windows}-windows"
         if options.dtype != "float32":
             changed += f"-{options.dtype}"
         began = time.monotonic()
@@ -238,7 +242,7 @@ class Bench:
         pruned = self.loaded(torch.bfloat16)
         steps = len(learned.history)
         extra: Extra = {
-            "tokens": (len(self.calibration) + steps * options.batch + HELD_OUT) * WINDOW,
+            "tokens": (len(self.calibration) + self._seen(steps) + HELD_OUT) * WINDOW,
             "steps": steps,
             "settings": options.settings,
             "selected_start": learned.start,
@@ -253,6 +257,11 @@ class Bench:
         found = prune_layerwise(self.model, self.calibration, target, how, batches=len(self.calibration))
         return *self._with(found), {"tokens": len(self.calibration) * WINDOW}
 
+    def _seen(self, steps: int) -> int:
+        """Returns the number of different windows in the batches of some steps."""
+        batch: int = self._options.batch
+        return min(steps * batch, self._most)
+
     def tuned(self, how: str, target: Target) -> tuple[nn.Module, Masks, Extra]:
         """Prunes by a method, then trains the survivors on the batches of learning."""
         options = self._options
@@ -266,7 +275,8 @@ class Bench:
             tuning=Tuning(steps=options.tuning_steps, rate=options.tuning_rate),
             progress=lambda step, loss: print(f"tuning {step}/{options.tuning_steps} {loss:.4f}", flush=True),
         )
-        extra["tokens"] += len(history) * options.batch * WINDOW
+        before = extra.get("steps", 0)
+        extra["tokens"] += (self._seen(max(before, len(history))) - self._seen(before)) * WINDOW
         extra |= {"tuning_steps": len(history), "tuning_rate": options.tuning_rate}
         return pruned.to("cpu", torch.bfloat16), masks, extra
 
@@ -280,7 +290,7 @@ class Bench:
             settings=Alternation(steps=options.steps, rate=options.tuning_rate),
             progress=lambda step, loss: print(f"ADMM {step}/{options.steps} {loss:.4f}", flush=True),
         )
-        return *self._with(found), {"tokens": options.steps * options.batch * WINDOW, "steps": options.steps}
+        return *self._with(found), {"tokens": self._seen(options.steps) * WINDOW, "steps": options.steps}
 
     def _with(self, found: LayerwiseResult) -> tuple[nn.Module, Masks]:
         """Returns the model, loaded again, with these weights, and their masks."""
@@ -345,6 +355,8 @@ class Bench:
             found |= {"seed": options.seed, "settings": options.settings}
             if options.start != "fisher":  # earlier rows do not state it
                 found["start"] = options.start
+            if options.windows is not None:  # rows of all windows do not state it
+                found["windows"] = options.windows
             if options.dtype != "float32":  # rows of float32 do not state it
                 found["dtype"] = options.dtype
         return found
@@ -460,6 +472,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--sparsities", default="0.5,0.6,0.7", help="shares, and patterns such as 2:4")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--windows", type=int, help="of learning, at most; steps beyond them repeat them")
     parser.add_argument("--tuning-steps", type=int, default=100, help="of survivors")
     parser.add_argument("--tuning-rate", type=float, default=1e-4, help="of survivors, and of weights (elsa)")
     parser.add_argument("--minutes", type=float, help="of learning, at most")

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from ...coding.classes import FRACTION, entropy_bits
 from ...coding.mask import Mask
 from ...coding.planes import AnyLevels
-from ...coding.quantisers import F32, Uniform, scaled_down
+from ...coding.quantisers import F32, Uniform, float_patterns, scaled_down
 from ...dtypes import Dtype
 from ...errors import OptionError
 from ...options import Uniform as Asked
 from ..finite import greatest_codable
 from ..quantise import F64, SAMPLE, UniformNumbers, WeighedNumbers, mean_of
 from ..step_search import Sampled, step_for_bits, step_for_budget, step_for_error
-from .base import BLOCK, CACHED_LEVELS, Flat
+from .base import BLOCK, CACHED_LEVELS, Flat, blocks_of
 from .lossy import LossyTensor, NumberSource, sampled_survivors
 
 # How often a step is reduced if its error over the whole tensor is too great, and the tolerance: 0.05 dB.
 _ERROR_ROUNDS = 8
 _ERROR_TOLERANCE = 10.0**0.005
+_LOOKED_UP = 1 << 17  # positions; levels of smaller tensors are not looked up by bit patterns
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class UniformSource(NumberSource):
 
     def _quantised(self, block: slice) -> AnyLevels:
         tensor, numbers = self.tensor, self.numbers
+        if self._of_patterns is not None:
+            levels = np.take(self._of_patterns, float_patterns(tensor.flat[block], tensor.dtype))
+            return self._finite(levels, None, None)
         weights = tensor.flat[block].astype(np.float32, copy=False)
         scale, multiplier = tensor.factors(block)
         if isinstance(numbers, UniformNumbers):
@@ -80,6 +85,27 @@ class UniformSource(NumberSource):
             magnitudes = scaled_down(magnitudes, scale)
         levels = numbers(magnitudes, tensor.weights[block]) * np.uint32(2)
         return self._finite(levels + (np.signbit(weights) & (levels > 0)), scale, multiplier)
+
+    @cached_property
+    def _of_patterns(self) -> AnyLevels | None:
+        """The level of each bit pattern, for large tensors of 2-byte weights without factors; else None.
+
+        Patterns above the greatest magnitude of the tensor have no level, but 0.
+        """
+        tensor, numbers = self.tensor, self.numbers
+        if tensor.dtype.bits != 16 or tensor.scaling is not None or tensor.multiplier is not None:
+            return None
+        if self.positions < _LOOKED_UP or not isinstance(numbers, UniformNumbers):
+            return None
+        blocks = (float_patterns(tensor.flat[block], tensor.dtype) for block in blocks_of(self.positions))
+        sign = 1 << 15
+        magnitudes = np.arange(max(int((block & (sign - 1)).max()) for block in blocks) + 1, dtype=np.uint16)
+        values = magnitudes.view(tensor.dtype.numpy).astype(np.float32)
+        found = tensor.engine.uniform_levels(values, None, numbers.step, numbers.thresholds)
+        levels = np.zeros(2 * sign, found.dtype)
+        levels[: len(found)] = found
+        levels[sign : sign + len(found)] = found + (found > 0)
+        return levels
 
     def _finite(self, levels: AnyLevels, scale: F32 | None, multiplier: F32 | None) -> AnyLevels:
         """Returns the levels, lowered if the reconstructed weight would not be finite.
@@ -192,9 +218,18 @@ def allowed_bits(asked: Asked, flat: Flat, mask: Mask | None) -> int:
         return int(asked.budget * len(flat))
     if asked.bits is None:
         return 0
-    survivors = int(np.count_nonzero(flat != 0 if mask is None else mask))
+    survivors = _nonzero(flat) if mask is None else int(np.count_nonzero(mask))
     mask_bits = entropy_bits(np.array([len(flat) - survivors, survivors])) >> FRACTION
     return int(asked.bits * survivors) + mask_bits
+
+
+def _nonzero(flat: Flat) -> int:
+    """Returns how many weights are not 0."""
+    if flat.itemsize != 2:
+        return int(np.count_nonzero(flat != 0))
+    # BF16 and F16 as integers: numpy compares these nine times as fast.
+    patterns, magnitude = flat.view(np.uint16), np.uint16(0x7FFF)
+    return sum(int(np.count_nonzero(patterns[block] & magnitude)) for block in blocks_of(len(flat)))
 
 
 def why_none(asked: Asked) -> str:
