@@ -150,8 +150,13 @@ def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str
 
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
     """Returns a list of quoted names for a message: the first ``most``, then the number of the others."""
-    message = ", ".join(map(quoted, names[:most]))
-    return f"{message} and {len(names) - most:,} more" if len(names) > most else message
+    return joined([*map(quoted, names[:most])], len(names) - most, ", ")
+
+
+def joined(parts: Sequence[str], left_out: int, separator: str = "; ") -> str:
+    """Returns the parts of a list for a message, and the number of those that are left out, if positive."""
+    message = separator.join(parts)
+    return f"{message} and {left_out:,} more" if left_out > 0 else message
 
 
 def quoted(name: object, most: int = MOST_NAME) -> str:

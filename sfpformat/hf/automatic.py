@@ -12,23 +12,22 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import transformers
 
-from ..errors import OptionError
-from ..io.paths import INDEX_SUFFIX, SUFFIX, model_path, models_in
+from ..errors import OptionError, RemoteError
+from ..io.paths import DENSE, INDEX_SUFFIX, SUFFIX, dense_weights_in, model_path, models_in
+from ..io.remote.location import first_line
 from ..torch import safe_open
-from .folders import PATTERNS
-from .loading import require_filled, restore_generation
-from .saving import weights_in
+from .folders import PATTERNS, require_config
+from .loading import in_model, require_filled, restore_generation
 
 _MARK = "_loads_sfp"
 # Arguments that ask for other weights.
 _OTHERS = ("gguf_file", "state_dict", "use_safetensors", "variant")
-# Ends of names of weights that transformers loads.
-_DENSE = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 # Arguments that are not needed once the folder is found.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -42,7 +41,6 @@ def install() -> None:
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **words: Any) -> Any:
-        strict = words.pop("strict", None)  # an argument of this package alone
         try:
             return original(cls, pretrained_model_name_or_path, *args, **words)
         except OSError as error:
@@ -50,7 +48,7 @@ def install() -> None:
             if folder is None:
                 raise
         call = functools.partial(original, cls)
-        return _load(cls, call, folder, pretrained_model_name_or_path, args, words, strict is not False)
+        return _load(call, folder, pretrained_model_name_or_path, args, words)
 
     setattr(from_pretrained, _MARK, True)
     base.from_pretrained = classmethod(from_pretrained)
@@ -67,15 +65,18 @@ def _folder(source: Any, words: dict[str, Any]) -> Path | None:
             return None
         folder = found
     folder /= words.get("subfolder") or ""
-    if not folder.is_dir() or any(weights_in(folder)) or not models_in(folder):
+    if not folder.is_dir() or dense_weights_in(folder) or not models_in(folder):
         return None
     return folder
 
 
 def _repository(source: str, words: dict[str, Any]) -> Path | None:
-    """Fetches a repository whose weights are in an `.sfp` file. Returns None if it has others, or on errors.
+    """Fetches a repository whose weights are in an `.sfp` file. Returns None if it has none, or others.
 
-    The error of transformers that led here is the one to raise, so errors of the hub are not.
+    Also returns None if the repository cannot be listed: the error of transformers that led here says why.
+
+    Raises:
+        RemoteError: the repository has an `.sfp` model, but cannot be fetched.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -83,33 +84,44 @@ def _repository(source: str, words: dict[str, Any]) -> Path | None:
     local = bool(words.get("local_files_only")) or constants.HF_HUB_OFFLINE
     try:
         if not local:
-            inside = f"{words.get('subfolder') or ''}/".lstrip("/")
-            names = [name for name in HfApi().list_repo_files(source, **at) if name.startswith(inside)]
-            if any(name.endswith(_DENSE) for name in names) or not any(map(_is_model, names)):
+            inside = PurePosixPath(words.get("subfolder") or "")
+            paths = map(PurePosixPath, HfApi().list_repo_files(source, **at))
+            names = [path.name for path in paths if path.parent == inside]
+            if any(fnmatchcase(name, pattern) for name in names for pattern in DENSE):
                 return None
-        at |= {"cache_dir": words.get("cache_dir"), "local_files_only": local}
-        folder = snapshot_download(source, allow_patterns=list(PATTERNS), **at)
+            if not any(name.endswith((SUFFIX, SUFFIX + INDEX_SUFFIX)) for name in names):
+                return None
     except Exception:
         return None
-    return Path(folder)
-
-
-def _is_model(name: str) -> bool:
-    return name.endswith((SUFFIX, SUFFIX + INDEX_SUFFIX))
+    at |= {"cache_dir": words.get("cache_dir"), "local_files_only": local}
+    at["force_download"] = bool(words.get("force_download")) and not local
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(PATTERNS), **at))
+    except Exception as error:
+        if local:
+            return None
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise RemoteError(
+            f"the {SUFFIX} model of the repository {source} cannot be fetched: {why}"
+        ) from error
 
 
 def _load(
-    cls: Any,
     call: Callable[..., Any],
     folder: Path,
     source: Any,
     args: tuple[Any, ...],
     words: dict[str, Any],
-    strict: bool,
 ) -> Any:
     """Loads the model as transformers would, except that weights that are missing raise an error."""
     words = {name: value for name, value in words.items() if name not in _PLACE + _OTHERS}
+    if "stay_compressed" in words:
+        raise OptionError("stay_compressed is an argument of sfpformat.hf.from_pretrained only")
+    strict = words.pop("strict", True)
+    if not isinstance(strict, bool):
+        raise OptionError(f"strict is {strict!r}, must be True or False")
     if words.get("config") is None:
+        require_config(folder)  # transformers would take a default configuration, of another size
         words["config"] = str(folder)
     wanted = words.pop("output_loading_info", False)
     ignored = bool(words.pop("ignore_mismatched_sizes", False))
@@ -118,7 +130,8 @@ def _load(
             "device_map has parts on 'disk', which transformers cannot load from an .sfp file: use "
             "sfpformat.torch.dispatch_model"
         )
-    with safe_open(model_path(folder)) as file:
+    path = model_path(folder)
+    with in_model(path), safe_open(path) as file:
         model, info = call(
             None,
             *args,
@@ -127,7 +140,7 @@ def _load(
             ignore_mismatched_sizes=True,  # reported below
             **words,
         )
-    require_filled(type(model), info, strict=strict, unexpected=False, mismatched=not ignored)
+    require_filled(path, type(model), info, strict=strict, unexpected=False, mismatched=not ignored)
     model.config.name_or_path = model.name_or_path = str(source)
     if words.get("generation_config") is None:
         restore_generation(model, folder)

@@ -112,14 +112,23 @@ def _weights_beside(config: Location) -> Location:
     return index
 
 
+def require_config(folder: Path) -> None:
+    """Checks that a folder has the configuration of its model.
+
+    Raises:
+        OptionError: it has none.
+    """
+    if not (folder / "config.json").is_file():
+        raise OptionError(f"{folder} has no config.json; save_pretrained writes it")
+
+
 def config_of(folder: Path) -> Any:
     """Returns the configuration of the model in a folder.
 
     Raises:
         OptionError: the folder has no ``config.json``, or transformers does not know its model type.
     """
-    if not (folder / "config.json").is_file():
-        raise OptionError(f"{folder} has no config.json; save_pretrained writes it")
+    require_config(folder)
     try:
         return transformers.AutoConfig.from_pretrained(folder)
     except (ValueError, OSError) as error:
@@ -141,7 +150,8 @@ def class_of(config: Any, wanted: Any = None) -> Any:
         names = config.architectures or []
         if len(names) != 1:
             raise OptionError(
-                f"the config.json names {len(names)} architectures; pass the class of the model as 'cls'"
+                f"the config.json of {config.name_or_path} names {len(names)} architectures, must name one; "
+                "pass the class of the model as 'cls'"
             )
         found = getattr(transformers, names[0], None)
         if found is None:

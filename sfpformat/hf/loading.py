@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from ..errors import MismatchError, OptionError, SfpWarning
-from ..io.remote.location import Location
+from ..errors import FileFault, MismatchError, OptionError, warn
+from ..io.paths import FilePath, model_path
+from ..io.safetensors import SafetensorsError
 from ..limits import DEFAULT_LIMITS, Limits
-from ..names import listed
+from ..names import MOST_LISTED, joined, listed, quoted
 from ..torch import TorchFile, compress_model, parameters_on_meta, safe_open
 from .folders import Source, class_of, config_of, model_folder
 
@@ -94,12 +96,11 @@ def from_pretrained(
     with model_folder(source, revision) as (folder, weights):
         config = config_of(folder)
         kind = class_of(config, cls)
+        path = model_path(weights)
         if stay_compressed:
-            model = _compressed(kind, config, weights, dtype, limits, threads, engine)
+            model = _compressed(kind, config, path, dtype, limits, threads, engine)
         else:
-            model = _dense(
-                kind, config, weights, dtype, device_map, strict, limits, threads, engine, settings
-            )
+            model = _dense(kind, config, path, dtype, device_map, strict, limits, threads, engine, settings)
         model.config.name_or_path = model.name_or_path = str(source)
         restore_generation(model, folder)
     return model.eval()
@@ -108,7 +109,7 @@ def from_pretrained(
 def _dense(
     kind: Any,
     config: Any,
-    weights: Path | Location,
+    path: FilePath,
     dtype: str | torch.dtype,
     device_map: Any,
     strict: bool,
@@ -119,7 +120,8 @@ def _dense(
 ) -> Any:
     """Returns a model whose weights transformers loads from the slices of the file."""
     with (
-        safe_open(weights, limits=limits, threads=threads, engine=engine) as file,
+        in_model(path),
+        safe_open(path, limits=limits, threads=threads, engine=engine) as file,
         file.prefetch(_in_loading_order(file)),
     ):
         model, info = kind.from_pretrained(
@@ -132,16 +134,30 @@ def _dense(
             ignore_mismatched_sizes=True,  # reported below; transformers itself raises a RuntimeError
             **settings,
         )
-    require_filled(kind, info, strict=strict)
+    require_filled(path, kind, info, strict=strict)
     return model
 
 
+@contextmanager
+def in_model(path: FilePath) -> Iterator[None]:
+    """Context manager that adds the path of a model to an error about its contents."""
+    try:
+        yield
+    except FileFault as error:
+        error.detail = f"in {quoted(str(path))}: {error.detail}"
+        raise
+    except (MismatchError, SafetensorsError) as error:
+        error.args = (f"{path}: {error}",)
+        raise
+
+
 def require_filled(
-    kind: Any, info: Any, *, strict: bool, unexpected: bool = True, mismatched: bool = True
+    path: FilePath, kind: Any, info: Any, *, strict: bool, unexpected: bool = True, mismatched: bool = True
 ) -> None:
     """Raises if a loaded model has weights that the file has not filled.
 
     Args:
+        path: path of the file or index, for messages.
         kind: its class.
         info: what transformers reports with ``output_loading_info=True``.
         strict: whether missing and unexpected weights raise. False warns of them.
@@ -155,11 +171,12 @@ def require_filled(
         MismatchError: shapes differ, or weights are missing or unexpected.
     """
     shapes = [
-        f"{name}: {list(found)} in the file, {list(needed)} in the model"
-        for name, found, needed in info["mismatched_keys"]
+        f"{quoted(name)} is {list(found)} in the file, {list(needed)} in the model"
+        for name, found, needed in sorted(info["mismatched_keys"])
     ]
     if shapes and mismatched:
-        raise MismatchError(f"the shapes do not fit {kind.__name__}: {listed(sorted(shapes))}")
+        some = joined(shapes[:MOST_LISTED], len(shapes) - MOST_LISTED)
+        raise MismatchError(f"{path}: the shapes do not fit {kind.__name__}: {some}")
     missing = sorted(info["missing_keys"])
     others = sorted(info["unexpected_keys"]) if unexpected else []
     words = [
@@ -169,15 +186,14 @@ def require_filled(
     ]
     if words and strict:
         raise MismatchError(
-            f"the file does not fit {kind.__name__}: {'; '.join(words)}. If this is intended, for instance "
-            "for a new head, pass strict=False",
+            f"{path}: the file does not fit {kind.__name__}: {'; '.join(words)}. If this is intended, for "
+            "instance for a new head, pass strict=False",
             missing,
             others,
         )
     if words:
-        warnings.warn(
-            SfpWarning(f"{kind.__name__}: {'; '.join(words)}. Missing weights are random"), stacklevel=4
-        )
+        more = ". Missing weights are random" if missing else ""
+        warn(f"{path}: {kind.__name__}: {'; '.join(words)}{more}")
 
 
 def restore_generation(model: Any, folder: Path) -> None:
@@ -189,7 +205,7 @@ def restore_generation(model: Any, folder: Path) -> None:
 def _compressed(
     kind: Any,
     config: Any,
-    weights: Path | Location,
+    path: FilePath,
     dtype: str | torch.dtype,
     limits: Limits,
     threads: int | None,
@@ -197,7 +213,8 @@ def _compressed(
 ) -> Any:
     """Returns a model whose linear layers and embeddings keep the encoded bytes of the file."""
     if dtype == "auto":
-        dtype = config.dtype or _dtype_of(weights, limits)
+        with in_model(path):
+            dtype = config.dtype or _dtype_of(path, limits)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
     try:
@@ -206,7 +223,8 @@ def _compressed(
     finally:
         torch.set_default_dtype(before)
     model.tie_weights()
-    compress_model(model, weights, limits=limits, threads=threads, engine=engine)
+    with in_model(path):
+        compress_model(model, path, limits=limits, threads=threads, engine=engine)
     return model
 
 
@@ -222,8 +240,8 @@ def _in_loading_order(file: TorchFile) -> list[str]:
     return names
 
 
-def _dtype_of(weights: Path | Location, limits: Limits) -> torch.dtype:
+def _dtype_of(path: FilePath, limits: Limits) -> torch.dtype:
     """Returns the dtype of the first tensor of floats of a model."""
-    with safe_open(weights, limits=limits) as file:
+    with safe_open(path, limits=limits) as file:
         dtypes = (part.dtype for part in file.slices().values() if part.is_floating_point())
         return next(dtypes, torch.get_default_dtype())

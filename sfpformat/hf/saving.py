@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 
 from ..decode.shard_index import ShardIndex, index_name
 from ..errors import OptionError
-from ..io.paths import SUFFIX
+from ..io.paths import SUFFIX, dense_weights_in
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
 from ..options import Options
@@ -77,7 +77,7 @@ def save_pretrained(
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise OptionError(f"{target} is a file, not a folder")
-    others = sorted(path.name for path in weights_in(target))
+    others = dense_weights_in(target)
     if others:
         raise OptionError(
             f"{target} has weights of another format, which loaders would take: {listed(others)}; remove them"
@@ -94,12 +94,6 @@ def save_pretrained(
         given = {what: value for what, value in named.items() if value is not None}
         _pack(model, new, given, limits=limits, threads=threads, engine=engine)
         _move(new, target)
-
-
-def weights_in(folder: Path) -> Iterator[Path]:
-    """Yields the dense weights in a folder under names that transformers loads."""
-    for pattern in (f"{_STEM}*{_DENSE}*", "pytorch_model*.bin*"):
-        yield from folder.glob(pattern)
 
 
 def _pack(model: Any, folder: Path, given: Mapping[str, Any], **settings: Any) -> None:

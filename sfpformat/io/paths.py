@@ -18,6 +18,8 @@ INDEX_SUFFIX = ".index.json"
 FilePath = Path | Location
 # What names a file: a path, a URL as a string, or what ``fsspec.open`` returns.
 AnyPath = str | os.PathLike[str] | Location | OpenFile
+# Names of dense weights that transformers loads: one file, shards and their index, variants.
+DENSE = ("model*.safetensors*", "pytorch_model*.bin*")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.sfp", re.DOTALL)
 
 
@@ -98,6 +100,11 @@ def models_in(folder: Path) -> list[str]:
     Omits the shards of these indices.
     """
     return _models_of(path.name for path in folder.iterdir() if path.is_file())
+
+
+def dense_weights_in(folder: Path) -> list[str]:
+    """Returns the names of the dense weights in a folder that transformers would load, ascending."""
+    return sorted(path.name for pattern in DENSE for path in folder.glob(pattern))
 
 
 def _models_of(files: Iterable[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..io.paths import INDEX_SUFFIX, SUFFIX
+from ..io.paths import INDEX_SUFFIX, SUFFIX, dense_weights_in, models_in
 
 
 def file_of(source: str, revision: str | None = None, cache: str | None = None) -> Path | str:
@@ -31,10 +31,8 @@ def file_of(source: str, revision: str | None = None, cache: str | None = None) 
 
 
 def has_sfp_file(source: str) -> bool:
-    """Whether a path or URL names an `.sfp` file or an index, or a folder that has one."""
+    """Whether a path or URL names an `.sfp` file or an index, or a folder with one and no dense weights."""
     if source.endswith((SUFFIX, SUFFIX + INDEX_SUFFIX)):
         return True
     folder = Path(source)
-    return folder.is_dir() and any(
-        next(folder.glob(f"*{ending}"), None) is not None for ending in (SUFFIX, SUFFIX + INDEX_SUFFIX)
-    )
+    return folder.is_dir() and bool(models_in(folder)) and not dense_weights_in(folder)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..errors import MismatchError, OptionError
 from . import packed
@@ -127,7 +128,8 @@ class EncodingTensor(torch.Tensor):
         tensor = args[0] if args else None
         if act is not None and isinstance(tensor, EncodingTensor):
             return act(tensor, *args[1:], **kwargs)
-        found = next(one for one in (*args, *kwargs.values(), tensor) if isinstance(one, EncodingTensor))
+        leaves = tree_leaves((args, kwargs))  # also those in lists, such as the argument of torch.cat
+        found = next(one for one in leaves if isinstance(one, EncodingTensor))
         raise _refused(found, getattr(func, "__name__", str(func)))
 
 

@@ -16,7 +16,7 @@ import torch
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardedFile
 from ..errors import FileFault, MismatchError, OptionError, warn
-from ..names import MOST_LISTED, listed
+from ..names import MOST_LISTED, joined, listed
 from .files import batches, is_decoded_on
 from .name_hints import hint
 from .tensors import (
@@ -173,9 +173,9 @@ def match(model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile) ->
             wrong.append(f"{source!r} is {list(info.shape)} in the file, {list(shape)} in the module")
         require_fillable(group[0], place.tensor)
     if wrong:
-        more = f" and {len(wrong) - MOST_LISTED:,} more" if len(wrong) > MOST_LISTED else ""
         reason = _OF_COMPRESSED if compressed else ""
-        raise MismatchError(f"shapes differ: {'; '.join(wrong[:MOST_LISTED])}{more}{reason}")
+        some = joined(wrong[:MOST_LISTED], len(wrong) - MOST_LISTED)
+        raise MismatchError(f"shapes differ: {some}{reason}")
     used = set(sources.values())
     unused = [name for name in file if name not in used]
     own_buffers = non_persistent(model)

@@ -16,9 +16,10 @@ import torch
 import transformers
 
 from sfpformat.cli import main as sfp
-from sfpformat.errors import MismatchError, OptionError, SfpWarning
+from sfpformat.errors import InvalidFileError, MismatchError, OptionError, SfpWarning
 from sfpformat.hf import from_pretrained, save_pretrained
-from sfpformat.torch import SfpLinear
+from sfpformat.io.safetensors import SafetensorsError
+from sfpformat.torch import SfpLinear, load_file, save_file
 
 from ..torch.test_files import assert_same
 from .test_folders import IDS, SMALL, bert, llama, logits, mixtral, tokenizer
@@ -75,7 +76,9 @@ def test_a_class_without_the_head_ignores_its_weights_as_transformers_does(tmp_p
 
 def test_missing_weights_raise_and_are_random_only_if_asked_for(folder: Path) -> None:
     auto = transformers.AutoModelForSequenceClassification
-    with pytest.raises(MismatchError, match=r"missing in the file: 'score\.weight'.*strict=False") as caught:
+    with pytest.raises(
+        MismatchError, match=r"model\.sfp: .*missing in the file: 'score\.weight'.*strict=False"
+    ) as caught:
         auto.from_pretrained(folder)
     assert caught.value.missing == ("score.weight",)
     with pytest.warns(SfpWarning, match=r"score\.weight.*random"):
@@ -84,7 +87,9 @@ def test_missing_weights_raise_and_are_random_only_if_asked_for(folder: Path) ->
 
 
 def test_shapes_that_differ_raise(folder: Path) -> None:
-    with pytest.raises(MismatchError, match=r"\[48, 32\] in the file, \[50, 32\] in the model"):
+    with pytest.raises(
+        MismatchError, match=r"model\.sfp: .*'[\w.]+' is \[48, 32\] in the file, \[50, 32\] in the model"
+    ):
         AutoLM.from_pretrained(folder, intermediate_size=50)
 
 
@@ -107,11 +112,64 @@ def test_a_damaged_file_is_named_and_two_models_are_refused(folder: Path) -> Non
     data = bytearray((folder / "model.sfp").read_bytes())
     data[200] ^= 1
     (folder / "model.sfp").write_bytes(data)
-    with pytest.raises(Exception, match=r"R-[A-Z]+-\d+"):
-        AutoLM.from_pretrained(folder)
+    words = rf"R-[A-Z]+-\d+\] in '{folder / 'model.sfp'}': "
+    for load in (AutoLM.from_pretrained, from_pretrained, compressed):
+        with pytest.raises(InvalidFileError, match=words):
+            load(folder)
     (folder / "other.sfp").write_bytes(data)
     with pytest.raises(OptionError, match=r"model\.sfp.*other\.sfp"):
         AutoLM.from_pretrained(folder)
+
+
+def compressed(folder: Path) -> Any:
+    return from_pretrained(folder, stay_compressed=True)
+
+
+def test_a_model_that_lacks_a_tensor_or_has_a_damaged_index_is_named(folder: Path) -> None:
+    path = folder / "model.sfp"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, path)
+    for load in (AutoLM.from_pretrained, from_pretrained, compressed):
+        with pytest.raises(MismatchError, match=rf"{path}: .*missing in the file: '{name}'") as caught:
+            load(folder)
+        assert caught.value.missing == (name,)
+    path.unlink()
+    (folder / "model.sfp.index.json").write_text("{")
+    with pytest.raises(SafetensorsError, match=r"model\.sfp\.index\.json: the index is not valid JSON"):
+        AutoLM.from_pretrained(folder)
+
+
+def test_a_folder_without_configuration_is_refused(folder: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(OptionError, match=r"has no config\.json"):
+        # The default configuration of this class has 7 billion weights.
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+    back: Any = transformers.LlamaForCausalLM.from_pretrained(folder, config=config)
+    assert torch.equal(logits(back), logits(llama()))
+
+
+def test_a_configuration_without_architecture_is_named_and_auto_classes_need_none(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": None}))
+    with pytest.raises(OptionError, match=rf"config\.json of {folder} names 0 architectures.*'cls'"):
+        from_pretrained(folder)
+    assert torch.equal(logits(AutoLM.from_pretrained(folder)), logits(llama()))
+    assert torch.equal(logits(from_pretrained(folder, cls=AutoLM)), logits(llama()))
+
+
+def test_arguments_of_this_package_are_checked_and_refused_for_other_folders(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="strict is 'no', must be True or False"):
+        AutoLM.from_pretrained(folder, strict="no")
+    with pytest.raises(OptionError, match=r"argument of sfpformat\.hf\.from_pretrained"):
+        AutoLM.from_pretrained(folder, stay_compressed=True)
+    llama().save_pretrained(tmp_path / "dense")
+    for name in ("strict", "stay_compressed"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            AutoLM.from_pretrained(tmp_path / "dense", **{name: False})
 
 
 def test_without_the_import_the_folder_is_refused_instead_of_random_weights(folder: Path) -> None:

@@ -192,7 +192,8 @@ def test_shapes_that_differ_raise(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"intermediate_size": 50}))
     with pytest.raises(
-        MismatchError, match=r"intermediate\.dense\.bias: \[48\] in the file, \[50\] in the model"
+        MismatchError,
+        match=r"model\.sfp: .*intermediate\.dense\.bias' is \[48\] in the file, \[50\] in the model",
     ):
         from_pretrained(tmp_path / "m")
     with pytest.raises(MismatchError, match="shapes do not fit"):

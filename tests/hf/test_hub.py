@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sfpformat.hf import save_pretrained
+
 from ..support.file_server import FileServer, serving
 from ..support.hub_server import TOKEN, Hub, settings
 from .test_folders import llama, tokenizer
@@ -112,3 +114,39 @@ for call in calls:
     assert len(lines) == len(expected), errors
     for line, words in zip(lines, expected, strict=True):
         assert re.search(words, line), line
+
+
+def test_other_files_of_a_repository_do_not_hide_its_model_and_failed_downloads_raise(
+    server: FileServer, hub: Hub, tmp_path: Path
+) -> None:
+    save_pretrained(llama(), tmp_path / "m")
+    (tmp_path / "m" / "2_Dense").mkdir()  # as in models of sentence-transformers
+    for name in ("2_Dense/model.safetensors", "optimizer.bin"):
+        (tmp_path / "m" / name).touch()
+    hub.commit("team/parts", tmp_path / "m")
+    (tmp_path / "below" / "step").mkdir(parents=True)
+    for name in ("config.json", "step/model.sfp"):
+        (tmp_path / "below" / name).write_bytes((tmp_path / "m" / Path(name).name).read_bytes())
+    hub.commit("team/below", tmp_path / "below")
+    (tmp_path / "m" / "model.sfp").write_bytes(b"lost")
+    commit = hub.commit("team/lost", tmp_path / "m")
+    (hub.folder / hub.repositories["team/lost"].commits[commit]["model.sfp"].sha256).unlink()
+    code = """
+import transformers, sfpformat.hf
+for name in ("team/parts", "team/below", "team/lost"):
+    try:
+        print(type(transformers.AutoModelForCausalLM.from_pretrained(name)).__name__)
+    except Exception as error:
+        print(type(error).__name__, " ".join(str(error).split()))
+"""
+    out, errors = process(server, tmp_path, "-c", code)
+    expected = [
+        "LlamaForCausalLM",
+        "OSError team/below does not appear to have a file named",
+        "RemoteError the .sfp model of the repository team/lost cannot be fetched: .*",
+    ]
+    lines = out.splitlines()
+    assert len(lines) == len(expected), errors
+    for line, words in zip(lines, expected, strict=True):
+        assert re.match(words, line), line
+    assert not list((tmp_path / "cache").rglob("step")), "no model in the folder, so nothing is fetched"

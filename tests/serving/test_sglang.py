@@ -117,7 +117,10 @@ def test_a_folder_with_a_file_yields_lazy_tensors(loader: Any, tmp_path: Path) -
 
 
 def test_other_models_load_as_before(loader: Any, tmp_path: Path) -> None:
-    for source in (tmp_path, Path("team/small")):
+    (tmp_path / "both").mkdir()
+    for name in ("model.safetensors", "model.sfp"):
+        (tmp_path / "both" / name).touch()
+    for source in (tmp_path, tmp_path / "both", Path("team/small")):
         found = list(loader._get_all_weights(model_config(source), torch.nn.Module()))
         assert [name for name, _ in found] == ["other"]
 

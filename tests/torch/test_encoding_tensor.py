@@ -120,6 +120,7 @@ REFUSED: tuple[Callable[[Any], Any], ...] = (
     lambda w: w.copy_(w),
     lambda w: w.untyped_storage(),
     lambda w: w.normal_(),
+    lambda w: torch.cat([w, w]),
 )
 
 
