@@ -29,6 +29,16 @@ _OF_THE_FOLDER = (
     "use_safetensors",
     "variant",
 )
+# Arguments that would have no effect, and what to do instead.
+_INSTEAD = {
+    "torch_dtype": "pass dtype",
+    "subfolder": "pass the path of the folder itself",
+    "token": "log in by 'hf auth login', or set the variable HF_TOKEN",
+    "cache_dir": "set the variable HF_HUB_CACHE",
+    "local_files_only": "set the variable HF_HUB_OFFLINE=1",
+    "force_download": "remove the repository from the cache first",
+    "proxies": "set the variable HTTPS_PROXY",
+}
 
 
 def from_pretrained(
@@ -85,9 +95,12 @@ def from_pretrained(
     for name in _OF_THE_FOLDER:
         if name in settings:
             raise OptionError(f"from_pretrained has no argument {name!r}: the folder determines it")
-    known = isinstance(dtype, torch.dtype) or isinstance(getattr(torch, dtype, None), torch.dtype)
-    if not known and dtype != "auto":
-        raise OptionError(f"torch has no dtype {dtype!r}")
+    for name, instead in _INSTEAD.items():
+        if name in settings:
+            raise OptionError(f"from_pretrained has no argument {name!r}; {instead}")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) and dtype != "auto":
+        raise OptionError(f"torch has no dtype {dtype!r}; pass one, its name, or 'auto'")
     if stay_compressed and (device_map is not None or not strict or settings):
         raise OptionError(
             "stay_compressed=True has no 'device_map', 'strict' or settings of transformers; move the "

@@ -60,7 +60,8 @@ def save_pretrained(
 
     Raises:
         OptionError: the model has adapters of peft; its weights are spread over processes; the folder has
-            weights of another format, which loaders would take instead; a name in an argument is unknown; or
+            weights of another format, which loaders would take instead; a processor has no
+            ``save_pretrained``; ``max_shard_size`` is less than 1; a name in an argument is unknown; or
             as in `sfpformat.torch.save_file`.
         OSError: a file cannot be written.
     """
@@ -74,6 +75,13 @@ def save_pretrained(
             f"processes hold only parts of {listed(spread)}: write the model with "
             "sfpformat.torch.distributed_checkpoint.SfpStorageWriter, or gather its weights first"
         )
+    if isinstance(max_shard_size, int) and max_shard_size < 1:
+        raise OptionError(
+            f"max_shard_size is {max_shard_size}, must be at least 1 byte; None writes one file"
+        )
+    for one in processors:
+        if not hasattr(one, "save_pretrained"):
+            raise OptionError(f"{one!r} is no tokenizer or other processor: it has no save_pretrained")
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise OptionError(f"{target} is a file, not a folder")
@@ -85,10 +93,11 @@ def save_pretrained(
     target.parent.mkdir(parents=True, exist_ok=True)
     # An existing folder may be all that the user may write into, or a file system of its own.
     room = target if target.exists() else target.parent
+    most = _ONE_FILE if max_shard_size is None else max_shard_size
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=room) as temporary:
         new = Path(temporary)
         for writer in (*processors, model):  # the model last: its configuration is the folder's
-            words = {"max_shard_size": max_shard_size or _ONE_FILE} if writer is model else {}
+            words = {"max_shard_size": most} if writer is model else {}
             writer.save_pretrained(new, **words)
         named = {"options": options, "masks": masks, "importances": importances}
         given = {what: value for what, value in named.items() if value is not None}

@@ -172,6 +172,23 @@ def test_arguments_of_this_package_are_checked_and_refused_for_other_folders(
             AutoLM.from_pretrained(tmp_path / "dense", **{name: False})
 
 
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        ({"torch_dtype": "float16"}, "pass dtype"),
+        ({"token": "hf_x"}, "HF_TOKEN"),
+        ({"local_files_only": True}, "HF_HUB_OFFLINE=1"),
+        ({"subfolder": "m", "stay_compressed": True}, "path of the folder"),
+        ({"dtype": None}, "torch has no dtype None; pass one"),
+    ],
+)
+def test_arguments_that_would_have_no_effect_raise_and_say_what_does(
+    words: dict[str, Any], instead: str, folder: Path
+) -> None:
+    with pytest.raises(OptionError, match=instead):
+        from_pretrained(folder, **words)
+
+
 def test_without_the_import_the_folder_is_refused_instead_of_random_weights(folder: Path) -> None:
     code = """
 import sys, transformers

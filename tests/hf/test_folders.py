@@ -283,6 +283,16 @@ def test_a_folder_with_other_weights_is_not_written(tmp_path: Path) -> None:
         save_pretrained(llama(), tmp_path / "m")
 
 
+def test_arguments_of_saving_that_cannot_be_used_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(OptionError, match="max_shard_size is 0, must be at least 1 byte"):
+        save_pretrained(llama(), tmp_path / "m", max_shard_size=0)
+    with pytest.raises(OptionError, match="'tok' is no tokenizer"):
+        save_pretrained(llama(), tmp_path / "m", "tok")
+    assert not list(tmp_path.iterdir())
+
+
 def test_adapters_are_not_written_as_a_model(tmp_path: Path) -> None:
     adapted = adapted_by_peft(llama())
     with pytest.raises(OptionError, match="merge"):
