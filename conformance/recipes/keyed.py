@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from sfp_conformance.forge import Forge, Part, f32_bytes, raw_part, table
-from sfp_conformance.slow_reader import codewords, lengths
-from sfp_conformance.slow_reader.keyed import array_bytes, positions_of
+from sfp_conformance.forge_keyed import Row, bit_array, row_bits, solved_rows
+from sfp_conformance.slow_reader.keyed import array_bytes
 
 from .gallery import PLAIN
 from .suite import Edit, Suite
 
 Map = dict[str, Any]
-Row = dict[int, int]  # output -> level
 
 HALF = f32_bytes(0.5)
 # Levels 0 to 9 of single magnitudes, then classes of 4 and 64 levels.
@@ -31,62 +30,14 @@ def keyed_map(name: str, outputs: int, **keys: Any) -> Map:
     return {**out, "starts": 128, **gaps, "levels": WHOLE, "checks": CHECKS, **keys}
 
 
-def _coded(source: Map, level: int) -> tuple[int, str]:
-    """Returns the class of a level, and its codeword and residual as bits."""
-    extra = source["extra"]
-    first = [source["base"] + sum(1 << e for e in extra[:c]) for c in range(len(extra))]
-    c = max(c for c in range(len(extra)) if first[c] <= level)
-    word = ""
-    if source["codes"]:
-        word = next(word for word, symbol in codewords(lengths(source)[0]).items() if symbol == c)
-    residual = format(level - first[c], f"0{extra[c]}b")[::-1] if extra[c] else ""
-    return c, word + residual
-
-
-def row_bits(source: Map, row: Row, importance: int = 0) -> str:
-    """Returns the bits of a row (17.3). The last gap leads to output C."""
-    bits, before, greatest, outputs = "", -1, 0, source["outputs"]
-    for o, level in sorted(row.items()):
-        if outputs > 1:
-            bits += _coded(source["gaps"], o - before - 1)[1]
-        c, word = _coded(source["levels"], level)
-        bits, before, greatest = bits + word, o, max(greatest, c)
-    if before + 1 < outputs:
-        bits += _coded(source["gaps"], outputs - before - 1)[1]
-    if "importance" in source:
-        bits += _coded(source["importance"], importance)[1]
-    return bits + "0" * (source["checks"][greatest] if row else 0)
-
-
 def solved(source: Map, rows: dict[bytes, tuple[Row, int]]) -> tuple[Map, Part]:
-    """Returns the map with its seed and number of keys, and the bit array, by Gaussian elimination."""
-    size = 8 * array_bytes(source)
-    for seed in range(source["seed"], source["seed"] + 100):
-        found = {**source, "seed": seed, "keys": len(rows)}
-        lines: dict[int, int] = {}  # lowest bit -> equation: bits of the array, then the wanted bit
-        for key, (row, importance) in rows.items():
-            places = positions_of(found, key)
-            for t, bit in enumerate(row_bits(found, row, importance)):
-                line = int(bit) << size
-                for place in places:
-                    line ^= 1 << (place + t)
-                while line and (low := (line & -line).bit_length() - 1) in lines:
-                    line ^= lines[low]
-                if line:
-                    lines[low] = line
-        if size not in lines:
-            break
-    else:
-        raise AssertionError("no seed solves the equations")
-    # A pattern for the bits that no equation determines; then the others, the greatest first.
-    array = int.from_bytes(bytes(37 * i % 251 for i in range(size // 8)), "little")
-    for low in sorted(lines, reverse=True):
-        rest = lines[low] & ((1 << size) - 1)
-        wanted = lines[low] >> size
-        if (rest & array).bit_count() % 2 != wanted:
-            array ^= 1 << low
-    data = array.to_bytes(size // 8, "little")
-    return found, raw_part(found["bits"], "U8", [len(data)], data, segment=32, chunk=2)
+    """Returns the map with its seed and number of keys, and the bit array with the rows of keys."""
+    size = array_bytes(source)
+    bits = {key: row_bits(source, row, importance) for key, (row, importance) in rows.items()}
+    free = int.from_bytes(bytes(37 * i % 251 for i in range(size)), "little")
+    found = solved_rows(source, bits, free)
+    assert found is not None, "no seed solves the equations"
+    return {**source, "seed": found[0], "keys": len(rows)}, bit_array(source, found[1])
 
 
 def keyed_file(*tables: tuple[Map, Part], metadata: dict[str, str] | None = None) -> bytes:

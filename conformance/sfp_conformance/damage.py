@@ -14,8 +14,9 @@ from copy import deepcopy
 from typing import Any
 
 from .choices import Choices
-from .forge import Forge, Pairs, Part, Raw, pack
-from .slow_reader import BYTES, vectors
+from .forge import Forge, Pairs, Part, Raw, pack, raw_part
+from .slow_reader import BYTES, Bad, vectors
+from .slow_reader.keyed import array_bytes, check_keyed_table
 
 _MOST = 2**64 - 1
 EXTREMES: tuple[int, ...] = (0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 4096, 4097, 65535)
@@ -40,6 +41,7 @@ _KEYS = (
 _OTHERS: tuple[Any, ...] = (0, "a", b"\0", [], {}, None, True, -1, 1.5, [[[[0]]]])
 _ROOT: tuple[tuple[str, Any], ...] = (("features", ["x-a"]), ("features", []), ("features", ["b", "a"]))
 _ROOT += (("keyed", []), ("keyed", {}), ("metadata", {}))
+_MOST_ARRAY = 1 << 16  # bytes of a bit array that is resized
 # Preamble field -> size in bytes.
 _PREAMBLE = {"magic": 8, "major": 2, "minor": 2, "reserved": 4, "directory_offset": 8, "directory_length": 8}
 _PREAMBLE |= {"file_length": 8, "directory_crc": 4, "more_reserved": 16, "crc": 4}
@@ -137,6 +139,31 @@ def _changed_bytes(value: bytes, choices: Choices) -> bytes:
         out[i], out[j] = out[j], out[i]
         return bytes(out)
     return bytes(_struck(bytearray(value), choices)[0])
+
+
+def _change_table(file: Forge, choices: Choices) -> str:
+    """Changes a field of a keyed table. Half of the changes fit the size of the bit array to the new map."""
+    tables = file.root.get("keyed")
+    if not (isinstance(tables, list) and tables and all(isinstance(table, dict) for table in tables)):
+        return _change_entry(file, choices)
+    number = choices.below(len(tables))
+    table = tables[number]
+    words = f"keyed table {number}: {_change_map(table, choices)}"
+    parts = [part for part in file.parts if part.entry.get("name") == table.get("bits")]
+    if parts and choices.below(2):
+        try:
+            check_keyed_table(table)
+            size = array_bytes(table)
+        except Bad:
+            return words
+        if size <= _MOST_ARRAY:
+            part = parts[0]
+            data = b"".join(part.chunks)[:size].ljust(size, b"\0")
+            cuts = (part.entry["segment"], part.entry["chunk"])
+            part.chunks = raw_part("", "U8", [size], data, *cuts).chunks
+            part.entry["shape"] = [size]
+            words += f"; a bit array of {size} bytes"
+    return words
 
 
 def _change_encoding(file: Forge, choices: Choices) -> str:
@@ -376,6 +403,7 @@ _CHANGES: tuple[Callable[[Forge, Choices], str], ...] = (
     _change_entry,
     _change_entry,
     _change_entry,
+    _change_table,
     _strike_chunk,
     _strike_chunk,
     _relay_chunk,
@@ -388,5 +416,5 @@ _CHANGES: tuple[Callable[[Forge, Choices], str], ...] = (
     _change_root,
 )
 # These changes parse the entry, so they need a file that is still valid.
-_FIRST_ONLY = (_relay_chunk, _change_vectors, _change_record)
+_FIRST_ONLY = (_change_table, _relay_chunk, _change_vectors, _change_record)
 _LATER_CHANGES = tuple(change for change in _CHANGES if change not in _FIRST_ONLY)

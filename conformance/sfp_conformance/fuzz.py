@@ -13,18 +13,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sfpformat.decode.reader import SfpFile
 from sfpformat.decode.validate import validate
 from sfpformat.errors import FileFault
+from sfpformat.keyed.table import KeyedTable
 from sfpformat.limits import DEFAULT_LIMITS, Limits
 
 from .choices import Thrown
 from .driver import Driver, DriverFailure
 from .examples import Example, example
+from .generate_keyed import ASKED
 from .judge import SUFFIXES
-from .own import arrays_of, described
+from .own import answers_of, arrays_of, described
 
 Json = dict[str, Any]
+Described = list[tuple[Json, dict[str, bytes]]]  # the description of each array, and its bytes
 # Limits for hostile files: a few bytes that claim a huge size must not cost either side much time.
 SMALL = Limits(directory_bytes=1 << 16, name_bytes=256, tensors=256, tensor_bytes=1 << 20)
 IN_FORCE = {name: n for name, n in asdict(SMALL).items() if n != getattr(DEFAULT_LIMITS, name)}
@@ -38,7 +43,8 @@ class Parting:
     """A disagreement between a program and the reference.
 
     Attributes:
-        kind: ``accepts``, ``refuses``, ``contents``, or the kind of the program's failure (`DriverFailure`).
+        kind: ``accepts``, ``refuses``, ``contents``, ``look-up``, or the kind of the program's failure
+            (`DriverFailure`).
         about: distinguishes disagreements of one kind: a clause, ``tensors``, or the name of an array.
         words: the description for people.
     """
@@ -75,6 +81,8 @@ class Duel:
         """``folder`` is an empty folder for temporary files."""
         self._driver, self._file, self._out = driver, folder / "file.sfp", folder / "out"
         self._out.mkdir()
+        self._keys = folder / "keys.txt"
+        self._keys.write_text("".join(f"{key.hex()}\n" for key in ASKED), "ascii")
 
     def meet(self, data: bytes) -> Meeting:
         """Gives a file to both and compares their answers."""
@@ -90,24 +98,48 @@ class Duel:
         if isinstance(ours, FileFault):
             return Meeting(said, _word(theirs), _accepts(ours) if theirs["ok"] else None)
         if theirs["ok"]:
-            return Meeting(said, VALID, self._contents(ours, theirs))
+            parting = self._contents(ours, theirs, "contents")
+            if parting is None and (meeting := self._looked_up(data)) is not None:
+                return meeting
+            return Meeting(said, VALID, parting)
         # The reference reader skips data that no tensor needs, such as the factors of an empty tensor. The
         # validator checks it.
         if validate(data, limits=SMALL, engine="python").ok:
             return Meeting(said, _word(theirs), _refuses(theirs))
         return Meeting(said, _word(theirs))
 
-    def _contents(self, ours: list[tuple[Json, dict[str, bytes]]], theirs: Json) -> Parting | None:
+    def _looked_up(self, data: bytes) -> Meeting | None:
+        """Compares look-ups in the keyed tables of a valid file. Returns None if they agree.
+
+        A program that does not answer `look-up` is asked about tensors alone.
+        """
+        ours = look_ups(data)
+        if not ours:
+            return None
+        try:
+            words = ["look-up", str(self._file), str(self._keys), str(self._out)]
+            theirs = self._driver.ask(words, IN_FORCE)
+        except DriverFailure as failure:
+            return Meeting(VALID, failure.kind, Parting(failure.kind, "look-up", str(failure)))
+        if theirs.get("unsupported"):
+            return None
+        if not theirs["ok"]:
+            words = f"refuses look-ups in a valid file with {_word(theirs)}"
+            return Meeting(VALID, _word(theirs), Parting("look-up", str(theirs.get("clause")), words))
+        parting = self._contents(ours, theirs, "look-up")
+        return None if parting is None else Meeting(VALID, VALID, parting)
+
+    def _contents(self, ours: Described, theirs: Json, kind: str) -> Parting | None:
         said = theirs.get("tensors")
         if not isinstance(said, list) or len(said) != len(ours):
-            return Parting("contents", "tensors", "lists other tensors")
+            return Parting(kind, "tensors", "lists other tensors")
         for number, ((own, arrays), other) in enumerate(zip(ours, said, strict=True)):
             if any(other.get(key) != own[key] for key in own):
-                return Parting("contents", "tensors", f"tensor {number} is {other}, must be {own}")
+                return Parting(kind, "tensors", f"tensor {number} is {other}, must be {own}")
             for what, wanted in arrays.items():
                 found = self._out / f"{number}{SUFFIXES[what]}"
                 if not found.exists() or found.read_bytes() != wanted:
-                    return Parting("contents", what, f"the {what} of tensor {own['name']!r} differ")
+                    return Parting(kind, what, f"the {what} of tensor {own['name']!r} differ")
         return None
 
 
@@ -124,13 +156,27 @@ def _refuses(theirs: Json) -> Parting:
     return Parting("refuses", str(theirs.get("clause")), f"refuses a valid file with {said}")
 
 
-def reference(data: bytes) -> list[tuple[Json, dict[str, bytes]]] | FileFault:
+def reference(data: bytes) -> Described | FileFault:
     """Returns what the reference reads from a file: its tensors, or the fault."""
     try:
         with SfpFile(data, limits=SMALL, engine="python", threads=1) as file:
             return [(described(file, name), arrays_of(file, name)) for name in file]
     except FileFault as error:
         return error
+
+
+def look_ups(data: bytes, engine: str = "python") -> Described:
+    """Returns what an engine finds for the keys `ASKED` in the keyed tables of a valid file."""
+    out: Described = []
+    with SfpFile(data, limits=SMALL, engine="python", threads=1) as file:
+        names = [table.name for table in file.directory.keyed]
+    for name in names:
+        table = KeyedTable.open(data, name, limits=SMALL, engine=engine)
+        for what, array in answers_of(table, list(ASKED)).items():
+            dtype = "BOOL" if array.dtype == np.bool_ else "F32"
+            told = {"name": what, "dtype": dtype, "shape": list(array.shape)}
+            out.append((told, {"values": array.tobytes()}))
+    return out
 
 
 @dataclass(frozen=True)

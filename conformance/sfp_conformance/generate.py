@@ -23,12 +23,12 @@ from .forge import (
     exact,
     f32_bytes,
     first_levels,
-    flat_code,
     hand_part,
     mask_levels,
-    nibbles,
     raw_part,
 )
+from .generate_codes import MOST_SYMBOLS, any_classes, any_code
+from .generate_keyed import any_keyed
 from .slow_reader import (
     BYTES,
     FACTORS,
@@ -51,21 +51,30 @@ _RAW_ONLY = tuple(name for name in BYTES if name not in FLOATS)
 _SEGMENTS, _CHUNKS = (32, 64, 96, 65536), (1, 2, 3, 256)
 _STEPS = (0.25, 1.0, 0.1, 2.0**-149, 2.0**97)
 _FACTORS = (1.0, -0.5, 0.1, 0.0, -0.0, 3.0, 2.0**-140)
-_CODES, _SYMBOLS, _MOST_LENGTH, _MOST_EXTRA = 16, 256, 12, 56
+_CODES = 16
 
 
 def any_file(choices: Choices) -> Forge:
-    """Generates a valid file of up to three tensors, mostly one."""
+    """Generates a valid file of up to three tensors, mostly one, and in one case of eight of keyed tables."""
     count = choices.pick((1, 1, 1, 2, 3, 0))
     root: dict[str, Any] = {}
     if choices.seldom(8):
         root["metadata"] = {"": "a", "é": ""}
     if choices.seldom(16):
         root["x-own"] = [{"a": b"\0"}, 2**64 - 1]
+    tables = choices.together(_some_tables) if choices.seldom(8) else []
+    if tables:
+        root |= {"features": ["keyed"], "keyed": [source for source, _ in tables]}
     file = Forge(root, [choices.together(partial(any_tensor, name=f"t{i}")) for i in range(count)])
+    file.parts += [part for _, part in tables]
     if choices.seldom(32):
         file.preamble["minor"] = choices.pick((1, 65535))
     return file
+
+
+def _some_tables(choices: Choices) -> list[tuple[dict[str, Any], Part]]:
+    """Generates one keyed table or two."""
+    return [any_keyed(choices, f"k{i}") for i in range(choices.pick((1, 1, 2)))]
 
 
 def any_tensor(choices: Choices, name: str) -> Part:
@@ -208,7 +217,7 @@ class _Fingerprints:
         first = first_levels(base, extra)
         classes = [[class_of(first, level) for level in own] for own in levels or []]
         if counts is not None:
-            few = min(len(extra), 8 if group == 2 else _SYMBOLS)
+            few = min(len(extra), 8 if group == 2 else MOST_SYMBOLS)
             classes = [[noise.below(few) for _ in range(count)] for count in counts]
         codes = [noise.below(count or max(code_count(table), 1)) for _ in classes]
         for number in range(count):
@@ -266,35 +275,6 @@ def joined(segments: list[list[int]]) -> list[int]:
     return list(chain.from_iterable(segments))
 
 
-# ---------------------------------------------------------------------------------------------- code tables
-
-
-def any_classes(choices: Choices, bound: int, least: int | None) -> tuple[int, list[int]]:
-    """Returns a base and the residual bits of classes whose levels lie below a bound.
-
-    Args:
-        bound: one past the greatest level allowed.
-        least: a level that the classes must cover, starting at base 0; None for no such level.
-    """
-    most = min(bound.bit_length() - 1, _MOST_EXTRA)
-    widths = choices.pick(((0, 1, 2, 3), (0,), tuple(range(most + 1)), (most,), (0, most // 2)))
-    widths = tuple(min(width, most) for width in widths)
-    count, noise = choices.pick((1, 2, 3, 9, 64, 290)), choices.noise()
-    base = choices.pick((0, 1, 2, bound // 2)) if least is None else 0
-    extra: list[int] = []
-    end = base
-    while len(extra) < count or (least is not None and end <= least):
-        # Later classes are wider, so that few classes suffice to cover `least`.
-        width = min(widths[noise.below(len(widths))] + len(extra) // 64, most)
-        while end + (1 << width) > bound and width:
-            width -= 1
-        if end + (1 << width) > bound:
-            break
-        extra.append(width)
-        end += 1 << width
-    return (base, extra) if extra else (bound - 1, [0])
-
-
 def _symbols(segments: list[list[int]], classes: int, group: int) -> set[int]:
     """Returns the symbols that encode levels of those classes."""
     out = set()
@@ -302,31 +282,6 @@ def _symbols(segments: list[list[int]], classes: int, group: int) -> set[int]:
         padded = own + [0] * (len(own) % group)
         out |= {sum(padded[i + j] * classes**j for j in range(group)) for i in range(0, len(padded), group)}
     return out
-
-
-def any_code(noise: Noise, needed: set[int], symbols: int) -> bytes:
-    """Returns a complete code for the needed symbols and up to three more, as an entry of `codes`."""
-    used = sorted(needed)
-    assert len(used) <= _SYMBOLS
-    wanted = max(2, min(len(used) + noise.below(4), _SYMBOLS, symbols))
-    used += [s for s in range(wanted + len(used)) if s not in needed][: wanted - len(used)]
-    order = sorted(range(len(used)), key=lambda i: (noise.below(1 << 16), i))
-    out = [0] * symbols
-    for i, length in zip(order, _lengths(noise, len(used)), strict=True):
-        out[used[i]] = length
-    return nibbles(out)
-
-
-def _lengths(noise: Noise, count: int) -> list[int]:
-    """Returns the lengths of a complete code: flat in one case of four and if the noise is 0, else random."""
-    if noise.below(4) == 0:
-        return flat_code(count)
-    leaves = [1, 1]
-    while len(leaves) < count:
-        i = noise.below(len(leaves))
-        if leaves[i] < _MOST_LENGTH:
-            leaves[i : i + 1] = [leaves[i] + 1] * 2
-    return leaves
 
 
 def _residual(noise: Noise, extra: int, trim: int) -> int:

@@ -32,11 +32,12 @@ class _Drawn(Choices):
 
     def together(self, make: Callable[[Choices], T]) -> T:
         """Draws the choices as one group, so that Hypothesis tries to remove the whole group."""
-        return self._draw(_made(make))
+        return self._draw(choosing(make))
 
 
 @st.composite
-def _made(draw: st.DrawFn, make: Callable[[Choices], T]) -> T:
+def choosing(draw: st.DrawFn, make: Callable[[Choices], T]) -> T:
+    """Strategy for what a function of choices returns."""
     return make(_Drawn(draw))
 
 
@@ -48,7 +49,7 @@ def _below(bound: int) -> st.SearchStrategy[int]:
 def examples(golden: Sequence[bytes] = (), *, valid: bool | None = None) -> st.SearchStrategy[Example]:
     """Strategy for the files of `example`."""
 
-    return _made(lambda choices: example(choices, golden, valid=valid))
+    return choosing(lambda choices: example(choices, golden, valid=valid))
 
 
 def valid_files() -> st.SearchStrategy[bytes]:

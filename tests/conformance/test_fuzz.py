@@ -9,19 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from sfp_conformance import slow_reader
 from sfp_conformance.choices import Choices, Noise, Thrown
 from sfp_conformance.contents import contents
 from sfp_conformance.driver import Driver
 from sfp_conformance.examples import Example, example
 from sfp_conformance.finds import doubt
-from sfp_conformance.fuzz import SMALL, Duel, Results, fuzz, reference
-from sfp_conformance.strategies import damaged_files, examples, valid_files
+from sfp_conformance.forge import Forge, Part
+from sfp_conformance.fuzz import SMALL, Duel, Results, fuzz, look_ups, reference
+from sfp_conformance.generate_keyed import ASKED, any_keyed
+from sfp_conformance.slow_reader import keyed
+from sfp_conformance.strategies import choosing, damaged_files, examples, valid_files
 from sfp_conformance.suite import Suite
 
 import sfpformat
@@ -69,6 +74,13 @@ def test_all_readers_return_the_same_contents_for_every_generated_file(data: byt
                 assert file.get_tensor(name).tobytes() == tensor.data, (engine, name)
                 assert file.get_mask(name).reshape(-1).tolist() == tensor.mask, (engine, name)
                 _same_importance(file.get_importance(name), tensor)
+        _same_look_ups(data, plain, engine)
+
+
+def _same_look_ups(data: bytes, plain: slow_reader.File, engine: str) -> None:
+    wanted = keyed.look_ups(plain.root, plain.tensors, list(ASKED)) if "keyed" in plain.root else {}
+    found = {told["name"]: arrays["values"] for told, arrays in look_ups(data, engine)}
+    assert found == {name: tensor.data for name, tensor in wanted.items()}, engine
 
 
 def _same_importance(found: np.ndarray | None, tensor: slow_reader.Tensor) -> None:
@@ -91,7 +103,8 @@ def judged(data: bytes, engine: str) -> object:
     """The fault of a file, or its contents."""
     try:
         with SfpFile(data, limits=SMALL, engine=engine, threads=1) as file:  # `open` refuses deltas
-            return [(name, file.get_tensor(name).tobytes(), file.get_mask(name).tobytes()) for name in file]
+            read = [(name, file.get_tensor(name).tobytes(), file.get_mask(name).tobytes()) for name in file]
+        return read, look_ups(data, engine)
     except FileFault as fault:
         return fault.code, fault.clause, fault.tensor, fault.offset
 
@@ -110,6 +123,39 @@ def test_every_truncated_file_is_refused(data: bytes) -> None:
         fault = reference(data[:length])
         assert isinstance(fault, FileFault)
         assert fault.code in ("E_TRUNCATED", "E_MAGIC")
+
+
+def keyed_files() -> st.SearchStrategy[bytes]:
+    """Strategy for files of one keyed table."""
+    made = choosing(lambda choices: any_keyed(choices, "k"))
+    return made.map(lambda table: Forge({"features": ["keyed"], "keyed": [table[0]]}, [table[1]]).build())
+
+
+@settings(max_examples=150)
+@given(keyed_files())
+def test_all_readers_find_the_same_weights_in_every_generated_keyed_table(data: bytes) -> None:
+    plain = slow_reader.read(data)
+    assert validate(data, engine="python").ok
+    for engine in ("python", "numba"):
+        _same_look_ups(data, plain, engine)
+
+
+def test_generated_keyed_tables_are_of_all_kinds() -> None:
+    tables = [any_keyed(Thrown(seed), "k") for seed in range(200)]
+    maps = [source for source, _ in tables]
+    known = [len(keyed_known(source, part)) for source, part in tables]
+    assert {source["outputs"] for source in maps} >= {1, 2, 5}
+    assert {source["levels"]["quantiser"] for source in maps} == {"uniform", "table"}
+    assert {"importance" in source for source in maps} == {True, False}
+    assert {len(source["levels"]["extra"]) > 9 for source in maps} == {True, False}
+    assert {max(source["checks"]) for source in maps} >= {0, 4, 32}
+    assert {0, 1} <= set(known)
+    assert max(known) > 4
+
+
+def keyed_known(source: dict[str, Any], part: Part) -> list[bytes]:
+    data = b"".join(part.chunks)
+    return [key for key in ASKED if keyed.look_up(source, data, key)[1]]
 
 
 # ------------------------------------------------------------------------------------------------ the choices
@@ -172,6 +218,13 @@ FEW_DIMENSIONS = """
     if got.get('ok') and any(len(t['shape']) >= 3 for t in got.get('tensors', ())):
         got = {'ok': False, 'error': 'E_LIMIT', 'clause': 'R-LIM-002'}
 """
+NOTHING_KNOWN = """
+    for i, t in enumerate(got.get('tensors', ()) if words[0] == 'look-up' else ()):
+        path = os.path.join(words[3], f'{i}.bin')
+        data = open(path, 'rb').read()
+        if t['dtype'] == 'BOOL' and 1 in data:
+            open(path, 'wb').write(bytes(len(data)))
+"""
 CRASHING = "if got.get('clause') == 'R-CHK-003': os._exit(3)"
 
 
@@ -180,9 +233,10 @@ CRASHING = "if got.get('clause') == 'R-CHK-003': os._exit(3)"
     [
         (NO_NEGATIVE_ZERO, "contents", "values", True, 800),
         (FEW_DIMENSIONS, "refuses", "R-LIM-002", False, 800),
+        (NOTHING_KNOWN, "look-up", "values", True, 800),
         (CRASHING, "crash", "", True, 100),
     ],
-    ids=["negative zeros", "many dimensions", "a crash"],
+    ids=["negative zeros", "many dimensions", "unknown keys", "a crash"],
 )
 def test_a_wrong_reader_is_detected_and_the_file_is_shrunk(
     lie: str, kind: str, about: str, fast: bool, files: int, tmp_path: Path
@@ -193,7 +247,7 @@ def test_a_wrong_reader_is_detected_and_the_file_is_shrunk(
     found = fuzzed(command, tmp_path / "files", files, fast=fast, golden=())
     [find] = found.finds
     assert find.parting.key == (kind, about)
-    assert len(find.example.data) <= 512
+    assert len(find.example.data) <= 640
     assert doubt(find.example) is None
 
 

@@ -27,6 +27,25 @@ static sfp_limits small_limits(void)
     return limits;
 }
 
+/* Looks up parts of the file as keys, of 0 to 63 bytes, in all keyed tables. */
+static void look_up(const sfp_file *file, const uint8_t *bytes, size_t length)
+{
+    for (size_t i = 0; i < sfp_table_count(file); i++) {
+        sfp_table told;
+        sfp_keyed *table;
+        sfp_fault fault;
+        if (sfp_describe_table(file, i, &told) != SFP_OK || sfp_open_table(file, i, &table, &fault) != SFP_OK) {
+            continue;
+        }
+        float importance, *weights = malloc(told.outputs * sizeof(float));
+        for (size_t size = 0; weights != NULL && size < 64 && size <= length; size++) {
+            sfp_look_up(table, bytes + length - size, size, weights, &importance);
+        }
+        free(weights);
+        sfp_close_table(table);
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t length)
 {
     sfp_limits limits = small_limits();
@@ -43,6 +62,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t length)
         if (status == SFP_OK) {
             status = sfp_check(file, i, &fault);
         }
+    }
+    if (status == SFP_OK) {
+        look_up(file, bytes, length);
     }
     sfp_close(file);
     return 0;

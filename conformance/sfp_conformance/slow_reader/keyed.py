@@ -25,7 +25,7 @@ def check_keyed(root: dict[str, Any]) -> None:
     need(all(isinstance(table, dict) for table in tables), "R-DIR-003")
     entries = {entry["name"]: entry for entry in root["tensors"]}
     for i, table in enumerate(tables):
-        _check_table(table)
+        check_keyed_table(table)
         need(all(table["name"] != other["name"] for other in tables[:i]), "R-KEY-003")
         need(all(table["bits"] != other["bits"] for other in tables[:i]), "R-KEY-012")
         need(table["bits"] in entries, "R-KEY-011")
@@ -35,7 +35,8 @@ def check_keyed(root: dict[str, Any]) -> None:
         need(entry["segment"] * entry["chunk"] % 64 == 0, "R-KEY-011")
 
 
-def _check_table(table: Entry) -> None:
+def check_keyed_table(table: Entry) -> None:
+    """Checks a map of `keyed` against itself."""
     need(get(table, "name", str) != "", "R-TEN-002")
     get(table, "bits", str)
     get(table, "keys", int)
