@@ -20,12 +20,15 @@ from .encode.sink import Target
 from .encode.writer import Writer
 from .errors import OptionError, UnsupportedError, fault
 from .io.source import Readable
+from .keyed.importance import Learned, LinearModel, Texts
+from .keyed.importance import curvature_importance as _curvature_importance
+from .keyed.importance import learned_importance as _learned_importance
 from .keyed.table import KeyedTable
 from .limits import DEFAULT_LIMITS, Limits
 from .names import quoted
 from .options.quantisers import LossyQuantiser, Uniform
 
-__all__ = ["LinearTextModel", "load", "save"]
+__all__ = ["Learned", "LinearTextModel", "curvature_importance", "learned_importance", "load", "save"]
 
 _KEY = "sklearn"  # of the metadata
 _VERSION = 1
@@ -66,7 +69,8 @@ def save(
         classifier: has ``coef_`` and ``intercept_``, such as `SGDClassifier`, `LogisticRegression`,
             `LinearSVC` or `Ridge`.
         quantiser, false_positive_cost, bits_per_key, expected_error, keep: same as for `KeyedTable.build`.
-        importance: how much each feature matters, in the order of the vectoriser's columns: float [features].
+        importance: how much each feature matters, in the order of the vectoriser's columns: float [features];
+            see `learned_importance` and `curvature_importance`.
         metadata: strings of the caller.
 
     Returns:
@@ -78,11 +82,9 @@ def save(
     """
     kind = type(vectorizer).__name__
     settings = _settings(vectorizer, kind)
-    coefficients = np.atleast_2d(_fitted(classifier, "coef_"))
-    intercepts = np.broadcast_to(np.atleast_1d(_fitted(classifier, "intercept_")), coefficients.shape[:1])
+    coefficients, intercepts = _coefficients(classifier)
     keys = _keys(vectorizer, kind)
-    if coefficients.shape[1] != len(keys):
-        raise OptionError(f"the classifier has {coefficients.shape[1]} features, the vectoriser {len(keys)}")
+    _require_columns(coefficients, len(keys))
     table = KeyedTable.build(
         keys,
         coefficients.T,
@@ -104,6 +106,108 @@ def save(
             _idf_table(vectorizer, keys, known).add_to(writer)
         writer.add("intercept", np.ascontiguousarray(intercepts, np.float64))
     return table
+
+
+def curvature_importance(
+    vectorizer: Any,
+    classifier: Any,
+    texts: Iterable[str],
+    labels: Sequence[Any] | NDArray[Any],
+    *,
+    training: Iterable[str] | None = None,
+) -> NDArray[np.float64]:
+    """Returns an importance of each feature for `save`: the curvature of the loss, float64 [features].
+
+    It is half of the second derivative of the mean loss by a factor of the feature's weights: about how much
+    the loss grows if the feature is pruned (LeCun, Denker and Solla 1990, "Optimal Brain Damage"). The loss
+    is the cross-entropy; the squared error, summed over outputs, of a regressor.
+
+    Args:
+        vectorizer, classifier: same as for `save`.
+        texts: texts that were not in training.
+        labels: their labels; of a regressor, their numbers.
+        training: more texts that are counted, such as those of training. Recommended, because most features
+            are rare.
+
+    Raises:
+        OptionError: the model has another type or is not fitted, there are no texts, or a label is unknown.
+    """
+    model = _linear_model(vectorizer, classifier)
+    more = None if training is None else vectorizer.transform(training)
+    return _curvature_importance(model, _texts(vectorizer, classifier, texts, labels), more)
+
+
+def learned_importance(
+    vectorizer: Any,
+    classifier: Any,
+    texts: Iterable[str],
+    labels: Sequence[Any] | NDArray[Any],
+    *,
+    keep: float,
+    training: Iterable[str] | None = None,
+    rounds: int = 10,
+    rate: float = 0.1,
+) -> Learned:
+    """Learns the importance of each feature for `save`, for the share of features that is kept.
+
+    Learning minimises the loss of texts plus a penalty for each feature that is kept. It starts from
+    `curvature_importance`. The last quarter of the texts chooses the round whose importance is returned: the
+    start, if no round has a lower loss there. Deterministic.
+
+    Args:
+        vectorizer, classifier: same as for `save`.
+        texts: texts that were not in training, where rare features look better than they are. If they have
+            several sources, such as documents, the last quarter should be of other sources than the rest.
+        labels: their labels; of a regressor, their numbers.
+        keep: the share of features that `save` will keep, above 0 and at most 1.
+        training: same as for `curvature_importance`.
+        rounds: how often derivatives are computed.
+        rate: the share of the importance that a round replaces, above 0 and at most 1.
+
+    Returns:
+        The importance, float64 [features], and the loss after each round.
+
+    Raises:
+        OptionError: as in `curvature_importance`, or a number is out of range.
+
+    ``save(path, vectorizer, classifier, keep=0.1, importance=learned_importance(..., keep=0.1).importance)``.
+    """
+    model = _linear_model(vectorizer, classifier)
+    given = _texts(vectorizer, classifier, texts, labels)
+    count = len(given.labels)
+    if count < 4:
+        raise OptionError(f"there are {count} texts; learning needs at least 4, and thousands to be useful")
+    part = count - count // 4
+    more = None if training is None else vectorizer.transform(training)
+    start = _curvature_importance(model, given, more)
+    learned = Texts(given.features[:part], given.labels[:part])
+    held_out = Texts(given.features[part:], given.labels[part:])
+    return _learned_importance(model, learned, held_out, start, keep, rounds=rounds, rate=rate)
+
+
+def _linear_model(vectorizer: Any, classifier: Any) -> LinearModel:
+    """Returns the weights of a fitted model whose features are those of the vectoriser."""
+    coefficients, intercepts = _coefficients(classifier)
+    _require_columns(coefficients, len(_keys(vectorizer, type(vectorizer).__name__)))
+    weights = np.ascontiguousarray(coefficients.T, np.float32)
+    return LinearModel(weights, intercepts, getattr(classifier, "classes_", None) is None)
+
+
+def _texts(vectorizer: Any, classifier: Any, texts: Iterable[str], labels: Any) -> Texts:
+    """Returns texts as features, and their labels as numbers."""
+    if isinstance(texts, str):
+        raise OptionError("the texts are one string; give a list of strings")
+    features = vectorizer.transform(texts).tocsr()
+    given = np.asarray(labels)
+    if not features.shape[0] or len(given) != features.shape[0]:
+        raise OptionError(f"there are {features.shape[0]} texts and {len(given)} labels; give one for each")
+    classes = getattr(classifier, "classes_", None)
+    if classes is None:
+        return Texts(features, given.astype(np.float64).reshape(len(given), -1))
+    if not np.isin(given, classes).all():
+        unknown = given[~np.isin(given, classes)][0]
+        raise OptionError(f"the label {quoted(str(unknown))} is not one of the classifier")
+    return Texts(features, np.searchsorted(classes, given).astype(np.int64))
 
 
 def load(
@@ -299,6 +403,18 @@ def _fitted(model: Any, name: str) -> NDArray[np.float64]:
         raise OptionError(f"the {type(model).__name__} has no {name}: it is not fitted, or not linear")
     dense = found.toarray() if hasattr(found, "toarray") else found
     return np.asarray(dense, np.float64)
+
+
+def _coefficients(classifier: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns the weights [C, features] and the intercepts [C] of a fitted model."""
+    coefficients = np.atleast_2d(_fitted(classifier, "coef_"))
+    intercepts = np.broadcast_to(np.atleast_1d(_fitted(classifier, "intercept_")), coefficients.shape[:1])
+    return coefficients, intercepts
+
+
+def _require_columns(coefficients: NDArray[np.float64], features: int) -> None:
+    if coefficients.shape[1] != features:
+        raise OptionError(f"the classifier has {coefficients.shape[1]} features, the vectoriser {features}")
 
 
 def _keys(vectorizer: Any, kind: str) -> list[str]:

@@ -97,6 +97,13 @@ def add(suite: Suite) -> None:
     )
     suite.looked_up("KEY-015-no-keys", "no keys", data, [])
     suite.looked_up("KEY-015-blank", "a table in which every key is known", keyed_file(blank), [b"", b"a"])
+    model = raw_part("weight", "F32", [2], struct.pack("<2f", 1, -2))
+    source, bits = one
+    suite.valid(
+        "PRO-001-keyed",
+        "a tensor and a keyed table, which readers of the profile core refuse",
+        Forge({"features": ["keyed"], "keyed": [source]}, [model, bits]).build(),
+    )
     _limits(suite)
     _keys_of_maps(suite, good)
     _values(suite, good)

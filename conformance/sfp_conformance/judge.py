@@ -34,17 +34,20 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def judge_answer(case: Case, answer: Json, *, within: bool = True) -> Verdict:
+def judge_answer(case: Case, answer: Json, *, within: bool = True, refuses: bool = False) -> Verdict:
     """Returns the verdict on acceptance or refusal, for decoders and validators.
 
     Args:
         within: whether the program claims the features that the case needs. A refusal of a case outside its
-            claims is `unsupported`, with any error code (R-PRO-001).
+            claims is `unsupported`, with any error code.
+        refuses: whether the program must refuse all cases outside its claims (R-PRO-001).
     """
     if answer.get("skip"):
         return Verdict(SKIP, str(answer["skip"]))
     if not within and not answer["ok"]:
         return Verdict(UNSUPPORTED, f"refused with {answer.get('error')}" if "error" in answer else "")
+    if not within and refuses:
+        return Verdict(FAIL, "accepted a file outside its profile, which it must refuse (R-PRO-001)")
     if answer.get("unsupported"):
         return Verdict(FAIL, "answered that it does not support a feature that it claims to support")
     if answer["ok"]:
@@ -77,12 +80,12 @@ def _notes(fault: Json, answer: Json) -> list[str]:
     return notes
 
 
-def judge_canonical(case: Case, answer: Json, *, within: bool = True) -> Verdict:
+def judge_canonical(case: Case, answer: Json, *, within: bool = True, refuses: bool = False) -> Verdict:
     """Extends `judge_answer` for validators: checks also what it says of canonical form (R-CAN-001).
 
     An answer without `canonical` passes with a note.
     """
-    verdict = judge_answer(case, answer, within=within)
+    verdict = judge_answer(case, answer, within=within, refuses=refuses)
     if verdict.outcome != PASS or not answer["ok"] or case.canonical is None:
         return verdict
     if "canonical" not in answer:
@@ -100,6 +103,7 @@ def judge_contents(
     written: Callable[[str], bytes | None],
     *,
     within: bool = True,
+    refuses: bool = False,
     may_ignore: frozenset[str] = frozenset(),
 ) -> Verdict:
     """Extends `judge_answer` for decoders: compares also the decoded contents, bit by bit.
@@ -108,7 +112,7 @@ def judge_contents(
         written: returns the bytes of the program's output file of that name, or None if there is none.
         may_ignore: arrays that the program's profile does not require.
     """
-    verdict = judge_answer(case, answer, within=within)
+    verdict = judge_answer(case, answer, within=within, refuses=refuses)
     if verdict.outcome != PASS or not answer["ok"]:
         return verdict
     wrong = _wrong_description(case.contents, answer) or _wrong_arrays(case.contents, written, may_ignore)

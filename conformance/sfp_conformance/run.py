@@ -203,6 +203,8 @@ class _Question:
 
     Attributes:
         profile: the profile that the program claims.
+        refuses: whether the program itself says that its profile is ``core``. The setting `profile` only
+            selects which cases it must pass.
         claims_canonical: whether the program says that it writes canonical files.
         folder: a temporary folder that contains only an empty folder `out`.
     """
@@ -210,6 +212,7 @@ class _Question:
     case: Case
     drivers: dict[str, Driver]
     profile: str
+    refuses: bool
     claims_canonical: bool
     folder: Path
 
@@ -241,9 +244,9 @@ def _asked(
     (folder / "case" / "out").mkdir(parents=True)
     own = programs["decoder" if role == ROUND_TRIP else role]
     profile = settings.profile or str(own.get("profile", "full"))
-    canonical = own.get("canonical") is True
+    refuses, canonical = own.get("profile") == profile == "core", own.get("canonical") is True
     try:
-        verdict = _ASK[role](_Question(case, settings.drivers, profile, canonical, folder / "case"))
+        verdict = _ASK[role](_Question(case, settings.drivers, profile, refuses, canonical, folder / "case"))
     except DriverFailure as failure:
         verdict = Verdict(failure.kind, str(failure))
     return Outcome(case, role, verdict, time.monotonic() - start, known.get(case.id))
@@ -272,12 +275,19 @@ def _decoded(question: _Question, path: Path) -> Verdict:
         shutil.copyfile(base, own)
         answer = question.ask("decoder", "apply", path, own, out)
     may_ignore = frozenset(("importance",) if question.profile == "core" else ())
-    return judge_contents(question.case, answer, written, within=question.within, may_ignore=may_ignore)
+    return judge_contents(
+        question.case,
+        answer,
+        written,
+        within=question.within,
+        refuses=question.refuses,
+        may_ignore=may_ignore,
+    )
 
 
 def _validate(question: _Question) -> Verdict:
     answer = question.ask("validator", "validate", question.file())
-    return judge_canonical(question.case, answer, within=question.within)
+    return judge_canonical(question.case, answer, within=question.within, refuses=question.refuses)
 
 
 def _encode(question: _Question) -> Verdict:

@@ -31,6 +31,7 @@ from .design import class_probabilities, expected_parts
 from .keys import Key, ManyKeys, packed
 
 _MANY = 64  # keys for which all chunks of a file are checked at once
+_WEIGHTS = 16  # that are decoded in the time of looking a key up, in pure Python
 _EACH = 1 << 14  # keys that are looked up at a time: their positions stay in a cache
 
 
@@ -82,6 +83,7 @@ class KeyedTable:
         chunks = 0 if file is None else len(file.entry(keyed.bits).chunks)
         self._checked = np.zeros(chunks, np.bool_)
         self._all_checked = file is None
+        self._asked = 0  # keys; approximate if threads look keys up at the same time
 
     # ------------------------------------------------------------------------------- make and store
 
@@ -209,7 +211,9 @@ class KeyedTable:
             OptionError: a key is neither a string nor bytes.
         """
         own = packed(keys)
-        engine = get_engine(self._engine, len(own) * 8)
+        self._asked += len(own)
+        # All look-ups so far: a program that asks again and again is worth the import of Numba.
+        engine = get_engine(self._engine, self._asked * _WEIGHTS)
         parts = []
         for first in range(0, max(len(own), 1), _EACH):
             offsets = own.offsets[first : first + _EACH + 1]

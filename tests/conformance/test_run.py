@@ -25,7 +25,7 @@ from ..cli.test_main import error_of
 from ..cli.test_main import run as sfp
 from ..cli.test_pack import Capture
 from ..support import c_reader
-from ..support.clauses import ROOT
+from ..support.clauses import ROOT, clauses
 from ..support.conformance_programs import OWN, lying_program, program
 from ..support.programs import needs
 
@@ -160,6 +160,19 @@ def test_cases_outside_the_profile_that_the_program_names_are_unsupported(tmp_pa
     assert results.programs["decoder"]["name"] == "little"
     kinds = {(o.case.profile, o.verdict.outcome) for o in results.outcomes}
     assert kinds == {("core", "fail"), ("full", "unsupported")}
+
+
+@clauses("R-PRO-001")
+def test_a_reader_of_the_profile_core_that_accepts_other_files_fails(tmp_path: Path) -> None:
+    careless = lying_program(tmp_path, "if words == ['hello']: got['profile'] = 'core'")
+    results = results_of(Settings({"decoder": Driver(careless)}, only="PRO-001"))
+    [outcome] = results.outcomes
+    assert outcome.verdict.outcome == "fail"
+    assert "R-PRO-001" in outcome.verdict.words
+    # A reader that says `full` may be asked about the profile alone.
+    full = lying_program(tmp_path, "pass")
+    results = results_of(Settings({"decoder": Driver(full)}, only="PRO-001", profile="core"))
+    assert set(outcomes(results)) == {"pass"}
 
 
 def test_a_run_with_only_skipped_cases_does_not_pass(tmp_path: Path) -> None:

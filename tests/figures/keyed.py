@@ -1,13 +1,15 @@
 """Keyed tables of a linear text classifier: bytes per key, accuracy, look-ups a second.
 
-``python -m tests.figures.keyed [--marisa]`` trains a linear classifier on lines of Python source: which
-package a line comes from, by word n-grams of up to three words. It prints
+``python -m tests.figures.keyed [--marisa] [--fasttext] [--pruned]`` trains a linear classifier on lines of
+Python source: which package a line comes from, by word n-grams of up to three words. It prints
 
 * sizes and accuracies beside a pickled dict of float32, the pickle of scikit-learn, a trie of keys
   (marisa-trie), and hashed features of the same size;
 * variable beside fixed numbers of check bits of the same size: the mean error that unknown features cause;
 * false matches of each class of magnitudes beside the predicted ones;
-* accuracy against bits per key, for keys pruned by importance and by magnitude.
+* accuracy against bits per key, for keys pruned by magnitude, by frequency and variance, by the curvature of
+  the loss, and by an importance that is learned (`--pruned`: this alone);
+* with ``--fasttext``: fastText, trained on the same lines and quantised to the same size.
 
 The packages must be installed: torch, transformers, scipy, sympy, scikit-learn, numba, numpy, matplotlib.
 """
@@ -20,6 +22,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +32,23 @@ from numpy.typing import NDArray
 from sfpformat import KeyedTable, Table, Uniform
 from sfpformat.keyed.keys import packed
 from sfpformat.keyed.table import Found
+from sfpformat.sklearn import curvature_importance, learned_importance, load, save
+
+from .keyed_fasttext import fasttext
 
 PACKAGES = ("torch", "transformers", "scipy", "sympy", "sklearn", "numba", "numpy", "matplotlib")
 _LINES = 55_000  # of each package for training
 _TESTED = 6_000
+_LEARNED = 16_000  # for learning importances: of files that are in neither, a few lines of each
 _LEAST = 20  # characters of a line
 Lines = list[tuple[str, str]]
 F32 = NDArray[np.float32]
 
 
-def lines_of(packages: tuple[str, ...]) -> tuple[Lines, Lines]:
-    """Returns lines with their package, for training and for testing: from different files."""
-    chosen = random.Random(0)
-    found: tuple[Lines, Lines] = [], []
+def lines_of(packages: tuple[str, ...]) -> tuple[Lines, Lines, Lines]:
+    """Returns lines with their package, for training, for testing and for learning: from different files."""
+    chosen, sampled = random.Random(0), random.Random(2)
+    found: tuple[Lines, Lines, Lines] = [], [], []
     for package in packages:
         spec = importlib.util.find_spec(package)
         assert spec is not None
@@ -49,12 +56,22 @@ def lines_of(packages: tuple[str, ...]) -> tuple[Lines, Lines]:
         files = sorted(Path(spec.origin).parent.rglob("*.py"))
         chosen.shuffle(files)
         own: tuple[list[str], list[str]] = [], []
+        others: list[list[str]] = []
         for i, path in enumerate(files):
             lines = (line.strip() for line in path.read_text("utf-8", "replace").splitlines())
-            own[i % 8 == 0].extend(line for line in lines if len(line) >= _LEAST)
-        for part, lines_, most in zip(found, own, (_LINES, _TESTED), strict=True):
+            of_file = [line for line in lines if len(line) >= _LEAST]
+            if i % 8 and len(own[0]) >= _LINES:
+                others.append(of_file)
+            else:
+                own[i % 8 == 0].extend(of_file)
+        for part, lines_, most in zip(found, own, (_LINES, _TESTED), strict=False):
             part.extend((line, package) for line in lines_[:most])
-    return found
+        each = -(-2 * _LEARNED // len(others))
+        few = [line for of_file in others for line in sampled.sample(of_file, min(each, len(of_file)))]
+        found[2].extend((line, package) for line in few[:_LEARNED])
+    # Lines of all packages in turn, in the order of files: the last quarter has other files, of all packages.
+    order = [i for _, i in sorted((i % _LEARNED, i) for i in range(len(found[2])))]
+    return found[0], found[1], [found[2][i] for i in order]
 
 
 class Task:
@@ -70,7 +87,7 @@ class Task:
         from sklearn.feature_extraction.text import CountVectorizer
         from sklearn.linear_model import SGDClassifier
 
-        train, test = lines_of(PACKAGES)
+        train, test, self.learned = lines_of(PACKAGES)
         random.Random(1).shuffle(train)
         self.train, self.test = train, test
         self.vectorizer = CountVectorizer(ngram_range=(1, 3), token_pattern=r"\w+", binary=True)
@@ -114,6 +131,9 @@ class Task:
 def main() -> None:
     """Prints the figures."""
     task = Task()
+    if "--pruned" in sys.argv:
+        pruned(task, task.accuracy(task.exact()))
+        return
     raw = sum(len(key.encode()) for key in task.keys)
     exact = task.accuracy(task.exact())
     outputs = task.weights.shape[1]
@@ -142,6 +162,10 @@ def main() -> None:
         tries(task, exact, plain)
     best = tables(task, exact, plain)
     hashed(task, best, exact, plain)
+    if "--fasttext" in sys.argv:
+        predictions(task)
+        for name, size, accuracy in fasttext(task.train, task.test, best):
+            row(name, size, task, accuracy, exact, plain)
     checks(task)
     pruned(task, exact)
 
@@ -209,6 +233,19 @@ def tables(task: Task, exact: float, plain: float) -> int:
     return best
 
 
+def predictions(task: Task) -> None:
+    """Prints how many lines a second a model in a file answers, from text to label."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.sfp")
+        save(path, task.vectorizer, task.classifier, quantiser=Uniform(error_db=-12))
+        model, lines = load(path), [line for line, _ in task.test]
+        model.predict(lines)
+        start = time.process_time()
+        accuracy = model.score(lines, task.wanted)
+        speed = len(lines) / (time.process_time() - start)
+        print(f"sfpformat.sklearn, -12 dB: accuracy {accuracy:.4f}, {speed:,.0f} lines a second")
+
+
 def hashed(task: Task, size: int, exact: float, plain: float) -> None:
     """Prints the accuracy of hashed features whose weights, of 8 bits, take as many bytes."""
     from sklearn.feature_extraction.text import HashingVectorizer
@@ -274,17 +311,33 @@ def checks(task: Task) -> None:
         print(f"  {centroid:.4f}, {used}: {predicted[own].sum():.3e}, {share:.3e}")
 
 
+def importances(task: Task, keep: float) -> Iterator[tuple[str, NDArray[np.float64] | None]]:
+    """Yields the importances of keys by which a share of them is kept."""
+    yield "magnitude", None
+    yield "frequency x variance", task.importance
+    texts, labels = [line for line, _ in task.learned], [package for _, package in task.learned]
+    model: Any = (task.vectorizer, task.classifier, texts, labels)
+    training = [line for line, _ in task.train]
+    yield "curvature (gradients)", curvature_importance(*model, training=training)
+    start = time.process_time()
+    found = learned_importance(*model, keep=keep, training=training)
+    losses = (
+        f"held-out loss {found.losses[0]:.4f} before, {min(found.losses):.4f} after {found.rounds} rounds"
+    )
+    print(f"learned in {time.process_time() - start:.0f} s: {losses}")
+    yield "learned", found.importance
+
+
 def pruned(task: Task, exact: float) -> None:
-    """Prints accuracy against bits per original key."""
-    for name, importance in (("importance", task.importance), ("magnitude", None)):
-        for keep in (1.0, 0.5, 0.25, 0.1, 0.03):
-            coarse = Uniform(error_db=-12)
+    """Prints accuracy against bits per key of the whole model, for shares of keys kept by each importance."""
+    coarse = Uniform(error_db=-12)
+    for keep in (1.0, 0.5, 0.25, 0.1, 0.05):
+        for name, importance in importances(task, keep) if keep < 1 else (("all", None),):
             table = KeyedTable.build(
                 task.keys, task.weights, quantiser=coarse, importance=importance, keep=keep
             )
             accuracy = task.accuracy(table.find(task.asked).weights)
-            each = 8 * table.nbytes / len(task.keys)
-            lost = 100 * (accuracy - exact)
+            each, lost = 8 * table.nbytes / len(task.keys), 100 * (accuracy - exact)
             print(
                 f"{keep:.0%} of the keys by {name}: {each:.2f} bits per key of the model, {lost:+.2f} points"
             )
