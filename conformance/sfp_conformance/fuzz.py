@@ -124,8 +124,8 @@ class Duel:
         if theirs.get("unsupported"):
             return None
         if not theirs["ok"]:
-            words = f"refuses look-ups in a valid file with {_word(theirs)}"
-            return Meeting(VALID, _word(theirs), Parting("look-up", str(theirs.get("clause")), words))
+            refused = f"refuses look-ups in a valid file with {_word(theirs)}"
+            return Meeting(VALID, _word(theirs), Parting("look-up", str(theirs.get("clause")), refused))
         parting = self._contents(ours, theirs, "look-up")
         return None if parting is None else Meeting(VALID, VALID, parting)
 

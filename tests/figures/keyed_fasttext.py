@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tempfile
 import time
@@ -26,7 +27,7 @@ def fasttext(train: Lines, test: Lines, size: int) -> list[tuple[str, int, float
     features of the greatest norms (`cutoff`) and trains them again (`retrain`).
     """
     try:
-        import fasttext as package
+        package: Any = importlib.import_module("fasttext")
     except ImportError:
         print("fastText: left out, because it is not installed (pip install --no-deps fasttext-numpy2-wheel)")
         return []
@@ -65,4 +66,4 @@ def _accuracy(model: Any, test: Lines) -> float:
     """Returns the share of lines whose label is found."""
     labels, _ = model.predict([_words(line) for line, _ in test])
     right = sum(found[0] == f"__label__{label}" for found, (_, label) in zip(labels, test, strict=True))
-    return right / len(test)
+    return float(right / len(test))
