@@ -12,6 +12,7 @@ that keys come back (the straight-through estimator of Bengio, Leonard and Courv
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +56,8 @@ class LinearModel(NamedTuple):
     is_regressor: bool = False
 
 
-class Learned(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Learned:
     """What `learned_importance` found.
 
     Attributes:
