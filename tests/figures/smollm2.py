@@ -123,7 +123,10 @@ class Bench:
         batches = partial(_batches, device=options.device)
         self.calibration = batches(windows[:known], 1)
         self.held_out = batches(windows[known : known + HELD_OUT], 2)
+        # Learning sees other windows with each seed; 0 is the order of the rows without a seed.
         rest = windows[known + HELD_OUT :]
+        if options.seed:
+            rest = _shuffled(rest, options.seed)
         self.learned_from = batches(rest[: options.windows], options.batch)
         self._most = sum(len(batch["input_ids"]) for batch in self.learned_from)
         self.texts = {
@@ -350,6 +353,8 @@ class Bench:
             found |= {"asked_tuning_steps": options.tuning_steps, "tuning_rate": options.tuning_rate}
         if method == "elsa":
             found |= {"asked_steps": options.steps, "batch": options.batch, "rate": options.tuning_rate}
+        if method in ("fisher-tuned", "elsa") and options.seed:
+            found["seed"] = options.seed
         if method in ("levels", "levels-tuned"):
             found |= {"asked_steps": options.steps, "batch": options.batch, "minutes": options.minutes}
             found |= {"seed": options.seed, "settings": options.settings}
@@ -414,8 +419,8 @@ def _topics_not_held_out() -> list[str]:
     return [text for _, text in sorted(topics.items()) if held_out.isdisjoint(paragraphs(text))]
 
 
-def _shuffled(windows: list[list[int]]) -> list[list[int]]:
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+def _shuffled(windows: list[list[int]], seed: int = 0) -> list[list[int]]:
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [windows[place] for place in order]
 
 
@@ -481,7 +486,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--start", choices=("best", "fisher"), default="best", help="of learning")
     parser.add_argument("--calibration", type=int, default=96, help="windows of 256 tokens")
     parser.add_argument("--evaluated", type=int, default=4096, help="tokens of code, and of prose")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of learning, and of the windows that it sees")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of learning")

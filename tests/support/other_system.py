@@ -115,8 +115,8 @@ class _Windows(ModuleType):
 
 # These import other libraries, which use what is taken away, or are not installed.
 _ADAPTERS = (
+    "sfpformat.serving.vllm_linear",
     "sfpformat.serving.vllm_loader",
-    "sfpformat.torch.distributed_checkpoint",
     "sfpformat.torch.weight_sync.callback",
     "sfpformat.torch.weight_sync.vllm_engine",
 )
@@ -366,7 +366,11 @@ def main() -> None:
     """Runs everything. Exits with an error if something fails."""
     kind, place = sys.argv[1], Path(sys.argv[2])
     # Other packages adapt to the real system when they are imported, so that happens first.
-    for name in ("numba", "numpy", "rich.console", "rich.table", "safetensors.numpy", "torch"):
+    for name in (
+        *("numba", "numpy", "rich.console", "rich.table", "safetensors.numpy"),
+        "torch.distributed.checkpoint",  # needs SIGKILL where `sys` has the name of Linux
+        "transformers.modeling_utils",
+    ):
         importlib.import_module(name)
     if kind == "windows":
         importlib.import_module("filelock").lock_descriptor  # noqa: B018 - by the lock of the real system
