@@ -4,6 +4,7 @@
 // with windows `segments_a_warp`), or IDLE. If a kernel has tables in shared memory, all warps of a block decode the
 // same tensor, that of the first warp.
 #include "changes.cuh"
+#include "parts.cuh"
 #include "product.cuh"
 #include "sparse.cuh"
 #include "windows.cuh"
@@ -58,8 +59,9 @@ __device__ inline Warp warp_of(const Job *jobs, Part part, u64 out) {
 // Returns whether a job has failed already. All lanes get the same result, even while other warps write the word.
 __device__ inline bool is_lost(u32 status) { return __any_sync(ALL_LANES, status != 0); }
 
-template <u32 ITEM, bool PLAIN>
-__device__ inline void run_any(
+// Decodes 32 segments per warp by a function that writes tiles of elements of ITEM bytes.
+template <u32 ITEM, u32 (*DECODE)(const Warp &, u32 *, u32 *, u32)>
+__device__ inline void run_tiles(
     const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
 ) {
     __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
@@ -67,7 +69,7 @@ __device__ inline void run_any(
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
     Warp warp = warp_of(jobs, part, out);
-    u32 wrong = decode_any<ITEM, PLAIN>(warp, index, tiles[own], lane);
+    u32 wrong = DECODE(warp, index, tiles[own], lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
@@ -148,14 +150,17 @@ __device__ inline void run_windows(
     }
 
 // Any tensor, by bytes per weight. The second argument is the minimum number of blocks per multiprocessor.
-KERNEL(any_1, 2, (run_any<1, false>))
-KERNEL(any_2, 2, (run_any<2, false>))
-KERNEL(any_4, 2, (run_any<4, false>))
-KERNEL(any_8, 2, (run_any<8, false>))
+KERNEL(any_1, 2, (run_tiles<1, decode_any<1, false>>))
+KERNEL(any_2, 2, (run_tiles<2, decode_any<2, false>>))
+KERNEL(any_4, 2, (run_tiles<4, decode_any<4, false>>))
+KERNEL(any_8, 2, (run_tiles<8, decode_any<8, false>>))
+// The mask of any tensor that has one, and the importance of any tensor that has importances.
+KERNEL(masks, 4, (run_tiles<1, decode_masks>))
+KERNEL(importances, 3, (run_tiles<4, decode_importances>))
 // Tensors whose levels are bit patterns, or indices in a table of bit patterns.
-KERNEL(plain_2, 3, (run_any<2, true>))
-KERNEL(plain_4, 3, (run_any<4, true>))
-KERNEL(plain_8, 3, (run_any<8, true>))
+KERNEL(plain_2, 3, (run_tiles<2, decode_any<2, true>>))
+KERNEL(plain_4, 3, (run_tiles<4, decode_any<4, true>>))
+KERNEL(plain_8, 3, (run_tiles<8, decode_any<8, true>>))
 // The same, for levels of at most 16 bits and at most 8 codes per stream.
 KERNEL(short_1, 4, (run_short<1>))
 KERNEL(short_2, 4, (run_short<2>))

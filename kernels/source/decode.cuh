@@ -120,6 +120,15 @@ __device__ inline u32 wrong_end_of(const L &levels, const Warp &warp, u32 *index
     return wrong_end(levels, prefix, residual);
 }
 
+// Args: positions, survivors: of segment `s`. The tensor has a mask.
+__device__ inline Mask<Levels> open_mask(
+    const u8 *bytes, const Warp &warp, u32 *index, u32 s, u32 positions, u32 survivors
+) {
+    const Recipe &recipe = *warp.recipe;
+    Levels levels = open_stream(bytes, warp, index, MASK, s);
+    return mask_of(recipe.mask, levels, levels_of(recipe.streams[MASK].rule, positions, survivors));
+}
+
 __device__ inline Lane open_segment(const u8 *bytes, const Warp &warp, u32 *index, u32 s) {
     const Recipe &recipe = *warp.recipe;
     Lane lane;
@@ -128,11 +137,7 @@ __device__ inline Lane open_segment(const u8 *bytes, const Warp &warp, u32 *inde
     lane.streamed = recipe.multiplier == OF_SURVIVORS || recipe.multiplier == OF_POSITIONS;
     lane.fingerprints = open_stream(bytes, warp, index, FINGERPRINTS, s);
     if (lane.streamed) lane.importance = open_stream(bytes, warp, index, IMPORTANCE, s);
-    if (recipe.mask != NO_MASK) {
-        u32 rule = recipe.streams[MASK].rule;
-        Levels levels = open_stream(bytes, warp, index, MASK, s);
-        lane.mask = mask_of(recipe.mask, levels, levels_of(rule, lane.positions, lane.survivors));
-    }
+    if (recipe.mask != NO_MASK) lane.mask = open_mask(bytes, warp, index, s, lane.positions, lane.survivors);
     u64 start = warp.job->start + (u64)s * recipe.segment;
     if (recipe.scale_by > SCALE_TENSOR) lane.scale = place_at(start, recipe.scale_unit);
     if (recipe.multiplier == OF_FACTORS) lane.factors = place_at(start, recipe.columns);

@@ -170,6 +170,8 @@ def sanitizer_parts(report: Report) -> list[Part]:
 def parts_of(device: Device, args: argparse.Namespace, report: Report) -> Iterator[Part]:
     """Yields the parts that need compiled kernels."""
     yield from identity_parts(device, args.damaged, args.every)
+    contents = partial(identity.compare_contents, args.damaged, args.every)
+    yield "masks and importances as by the reference", contents
     yield "layers as dense ones", identity.compare_layers
     yield from speed_parts(device, args.side, report)
     yield from [] if args.no_sanitizer else sanitizer_parts(report)

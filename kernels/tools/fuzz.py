@@ -1,9 +1,9 @@
 """Runs the kernels on damaged chunks, on the host, and compares the results with the reference.
 
 ``python -m kernels.tools.fuzz`` decodes the chunks of the golden files; then it decodes or multiplies 200,000
-damaged chunks, or finds the changes of damaged deltas. Address and undefined-behaviour sanitisers check all
-accesses: every chunk, output and table has its own memory between poisoned guards. Checksums are not
-compared, as if they had been recomputed.
+damaged chunks, or finds the changes of damaged deltas. Masks and importances are decoded, too. Address and
+undefined-behaviour sanitisers check all accesses: every chunk, output and table has its own memory between
+poisoned guards. Checksums are not compared, as if they had been recomputed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sfpformat.engines.cuda import layout
 from sfpformat.engines.cuda.batch import Task, plan_batch
 from sfpformat.engines.cuda.loaded import Recipes
 from sfpformat.engines.cuda.recipe import Recipe, make_recipe
+from sfpformat.engines.device_interface import Content
 from sfpformat.errors import FileFault, SfpError
 from sfpformat.numpy import save
 
@@ -107,21 +108,21 @@ class Kernels:
         library = shim.build(shim.CHECKED if checked else shim.PLAIN)
         self.device = shim.HostDevice(library, poison=checked)
         self._recipes = Recipes(self.device)
-        self._made: dict[Sample, Recipe] = {}
+        self._made: dict[tuple[Sample, Content], Recipe] = {}
 
-    def weights(self, sample: Sample, data: Bytes) -> tuple[int, NDArray[np.uint32], bytes]:
-        """Decodes a chunk. Returns its status word, error words and weights."""
-        entry = sample.decoder.entry
-        if sample not in self._made:
-            made = make_recipe(entry, sample.decoder.vectors)
+    def decoded(self, sample: Sample, data: Bytes, content: Content) -> tuple[int, NDArray[np.uint32], bytes]:
+        """Decodes the weights, mask or importances of a chunk. Returns status word, error words and bytes."""
+        entry, key = sample.decoder.entry, (sample, content)
+        if key not in self._made:
+            made = make_recipe(entry, sample.decoder.vectors, content)
             assert made is not None
-            self._made[sample] = made
+            self._made[key] = made
             self._recipes.load([made])
-        recipe = self._made[sample]
+        recipe = self._made[key]
         first, stop = entry.segments_of_chunk(sample.k)
         start, total = entry.positions_of_chunk(sample.k)
         device = self.device
-        chunk, out = device.allocate(len(data)), device.allocate(total * entry.dtype.itemsize)
+        chunk, out = device.allocate(len(data)), device.allocate(total * recipe.item)
         chunk.bytes[:] = data
         at = self._recipes.address(recipe)
         plan = plan_batch([Task(recipe, at, data, total, start, 0, stop - first, out.address)])
@@ -154,18 +155,48 @@ def reference_weights(sample: Sample, data: Bytes) -> bytes | None:
     return out.tobytes()
 
 
+def reference_content(sample: Sample, data: Bytes, content: Content) -> bytes | None:
+    """Returns the weights, mask or importances of a chunk decoded by the CPU; None if it refuses it."""
+    if content is Content.WEIGHTS:
+        return reference_weights(sample, data)
+    entry, reference = sample.decoder.entry, sample.reference
+    first, stop = entry.segments_of_chunk(sample.k)
+    positions = entry.positions_of_chunk(sample.k)[1]
+    try:
+        if content is Content.MASK:
+            mask = np.empty(positions, np.bool_)
+            reference.mask_into(data, sample.k, 0, stop - first, mask)
+            return mask.tobytes()
+        importances = np.empty(positions, np.float32)
+        reference.importance_into(data, sample.k, 0, stop - first, importances)
+        return importances.tobytes()
+    except FileFault:
+        return None
+
+
+def contents_of(sample: Sample) -> list[Content]:
+    """Returns what can be decoded of a sample."""
+    entry = sample.decoder.entry
+    there = {Content.MASK: entry.mask, Content.IMPORTANCE: entry.importance}
+    return [Content.WEIGHTS, *(content for content, part in there.items() if part is not None)]
+
+
 def compare(kernels: Kernels, sample: Sample, data: Bytes) -> bool:
-    """Returns whether the chunk is accepted.
+    """Compares weights, mask and importances. Returns whether all are accepted.
 
     Raises:
         AssertionError: kernels and reference disagree.
     """
-    status, errors, found = kernels.weights(sample, data)
-    expected = reference_weights(sample, data)
-    assert (status == 0) == (expected is not None), f"{sample.name}: status {status}, {expected is not None}"
-    assert expected is None or found == expected, f"{sample.name}: other weights"
-    assert np.bitwise_or.reduce(errors) & ~np.uint32(status) == 0, f"{sample.name}: {errors} but {status}"
-    return status == 0
+    is_good = True
+    for content in contents_of(sample):
+        name = f"{sample.name}, {content.name.lower()}"
+        status, errors, found = kernels.decoded(sample, data, content)
+        expected = reference_content(sample, data, content)
+        assert (status == 0) == (expected is not None), f"{name}: status {status}, {expected is not None}"
+        assert expected is None or found == expected, f"{name}: other bits"
+        assert np.bitwise_or.reduce(errors) & ~np.uint32(status) == 0, f"{name}: {errors} but {status}"
+        is_good &= status == 0
+    return is_good
 
 
 # ------------------------------------------------------------------------------------------------ products

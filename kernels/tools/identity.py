@@ -1,4 +1,4 @@
-"""Compares the CUDA engine with the reference on a device: bits, faults, products, deltas, layers."""
+"""Compares the CUDA engine with the reference on a device: bits, faults, masks, products, deltas, layers."""
 
 from __future__ import annotations
 
@@ -79,6 +79,35 @@ def compare_with_reference(damaged: int, every: int = 1) -> int:
             first = first or f"file {count}: {_short(found)}, by the reference {_short(expected)}"
         count += 1
     assert not others, f"{others} of {count} files differ; {first}"
+    return count
+
+
+def compare_contents(damaged: int, every: int = 1, where: str = "cuda") -> int:
+    """Compares masks and importances decoded on a device with the reference's. Returns the number of files.
+
+    Raises:
+        AssertionError: some differ; the message names the first.
+    """
+    api: Any = importlib.import_module("sfpformat.torch")
+
+    def contents(data: bytes, device: str, engine: str) -> Any:
+        found: list[Any] = []
+        try:
+            with api.safe_open(data, device=device, engine=engine, threads=1) as file:
+                for name in file:
+                    for part in (file.get_mask(name), file.get_importance(name)):
+                        found.append(None if part is None else part.cpu().numpy().tobytes())
+        except FileFault as fault:
+            return found, (fault.code, fault.clause, fault.offset)
+        except SfpError as error:  # for example a limit
+            return found, (type(error).__name__, str(error))
+        return found
+
+    count = 0
+    for data in files_to_compare(damaged, every):
+        found, expected = contents(data, where, "cuda"), contents(data, "cpu", "python")
+        assert found == expected, f"file {count}: another mask or importance, or another fault"
+        count += 1
     return count
 
 

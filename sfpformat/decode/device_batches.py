@@ -1,4 +1,4 @@
-"""Decodes whole tensors into the memory of a device.
+"""Decodes whole tensors, masks and importances into the memory of a device.
 
 Theory of operation: chunks are read in batches and their checksums are compared. The engine copies a batch to
 the device and decodes it while the next batches are read. `decode` returns only after every segment is
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..coding.bits import Bytes
 from ..container.entry import TensorEntry
 from ..engines import DeviceEngine, DeviceQueue, Run
-from ..engines.device_interface import Pending
+from ..engines.device_interface import Content, Pending
 from ..errors import FileFault
 from .reader import SfpFile, require_within_limits
 
@@ -24,26 +24,30 @@ BATCH_BYTES = 32 << 20
 
 
 class Target(NamedTuple):
-    """A tensor, and device memory for it.
+    """A tensor, and device memory for its weights, mask or importance.
 
     Attributes:
         file: the file that has the tensor.
         entry: its directory entry.
         recipe: the result of `recipe_of`.
         out: address of the memory, a multiple of 16.
+        content: what is decoded; that of the recipe.
     """
 
     file: SfpFile
     entry: TensorEntry
     recipe: Any
     out: int
+    content: Content = Content.WEIGHTS
 
 
 # A batch: targets, and the numbers of chunks to decode into them.
 _Batch = list[tuple[Target, int]]
 
 
-def recipe_of(file: SfpFile, entry: TensorEntry, engine: DeviceEngine) -> Any:
+def recipe_of(
+    file: SfpFile, entry: TensorEntry, engine: DeviceEngine, content: Content = Content.WEIGHTS
+) -> Any:
     """Reads and checks a tensor's vectors. Returns its recipe; None if the CPU has to decode it.
 
     Raises:
@@ -53,7 +57,7 @@ def recipe_of(file: SfpFile, entry: TensorEntry, engine: DeviceEngine) -> Any:
     require_within_limits(file, entry)
     if entry.fingerprints is None or not entry.positions:
         return None
-    return engine.make_recipe(entry, file.decoder(entry).vectors)
+    return engine.make_recipe(entry, file.decoder(entry).vectors, content)
 
 
 def decode(
@@ -110,7 +114,7 @@ def _runs(batch: _Batch, data: list[Bytes]) -> list[Run[int]]:
         entry = target.entry
         first, stop = entry.segments_of_chunk(k)
         start, total = entry.positions_of_chunk(k)
-        out = target.out + start * entry.dtype.itemsize
+        out = target.out + start * (target.content.value or entry.dtype.itemsize)
         runs.append(Run(target.recipe, chunk, total, start, 0, stop - first, out))
     return runs
 

@@ -22,6 +22,14 @@ from .interface import Run
 ResidentRun = tuple[int, int, int, int]
 
 
+class Content(Enum):
+    """What a device decodes of a tensor, with the bytes of an element; None: those of the tensor's dtype."""
+
+    WEIGHTS = None
+    MASK = 1  # bool
+    IMPORTANCE = 4  # float32, 0 at pruned positions that have none
+
+
 class Pending(Protocol):
     """A batch of runs that a device decodes."""
 
@@ -237,8 +245,16 @@ class DeviceEngine(Protocol):
             stream: the handle of the stream that decodes; other work on it sees the weights.
         """
 
-    def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32]) -> Any:
-        """Returns the data that a queue needs to decode a tensor; None if the CPU has to decode it."""
+    def make_recipe(
+        self, entry: TensorEntry, vectors: dict[str, F32], content: Content = Content.WEIGHTS
+    ) -> Any:
+        """Returns the data that a queue needs to decode a tensor; None if the CPU has to decode it.
+
+        Args:
+            entry: the tensor's entry; it must have the content.
+            vectors: the checked vectors of its vector chunk.
+            content: what is decoded.
+        """
 
     def hold(self, queue: Any, recipe: Any, entry: TensorEntry, at: int) -> ResidentTensor:
         """Returns a tensor whose chunks stay on the device.

@@ -65,9 +65,15 @@ def scale_of(entry: TensorEntry) -> tuple[int, int]:
 
 def multiplier_of(entry: TensorEntry) -> int:
     """Returns which importances multiply the weights."""
-    importance = entry.importance
-    if importance is None or importance.role != "multiplier":
+    if entry.importance is None or entry.importance.role != "multiplier":
         return NO_MULTIPLIER
+    return importance_positions(entry)
+
+
+def importance_positions(entry: TensorEntry) -> int:
+    """Returns which positions have an importance, of whatever role. The tensor must have importances."""
+    importance = entry.importance
+    assert importance is not None
     if importance.over == "factors":
         return OF_FACTORS
     # Without a mask every position is a survivor.

@@ -1,4 +1,4 @@
-"""Decodes tensors on the device that will hold them, in memory allocated on torch's current stream."""
+"""Decodes tensors, masks and importances on their device, in memory allocated on torch's current stream."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..container.entry import TensorEntry
 from ..decode.device_batches import Target, decode, recipe_of
-from ..decode.reader import SfpFile
+from ..decode.reader import SfpFile, require_within_limits
 from ..decode.shards import ShardedFile
 from ..engines import DeviceEngine, DeviceQueue, get_device_engine
+from ..engines.device_interface import Content
 from .tensors import tensor_of, torch_dtype
 
 
@@ -74,6 +76,55 @@ def read_tensors(
         with current(device):
             decode(targets, queue_of(device), torch.get_num_threads(), refused)
     return made
+
+
+def read_mask(file: SfpFile | ShardedFile, name: str, device: torch.device) -> torch.Tensor:
+    """Decodes the mask of a tensor on a device that has an engine: bool, of the tensor's shape.
+
+    Raises:
+        MissingTensorError, InvalidFileError, LimitError.
+    """
+    own = file.file_of(name)
+    entry = own.entry(name)
+    if entry.mask is None:
+        require_within_limits(own, entry)
+        return torch.ones(entry.shape, dtype=torch.bool, device=device)
+    made = _read_content(own, entry, device, Content.MASK)
+    return tensor_of(own.get_mask(name)).to(device) if made is None else made
+
+
+def read_importance(file: SfpFile | ShardedFile, name: str, device: torch.device) -> torch.Tensor | None:
+    """Decodes the importance on a device that has an engine: float32, of the tensor's shape, or None.
+
+    Raises:
+        MissingTensorError, InvalidFileError, LimitError.
+    """
+    own = file.file_of(name)
+    entry = own.entry(name)
+    if entry.importance is None:
+        return None
+    made = _read_content(own, entry, device, Content.IMPORTANCE)
+    if made is not None:
+        return made
+    importance = own.get_importance(name)
+    assert importance is not None
+    return tensor_of(importance).to(device)
+
+
+def _read_content(
+    file: SfpFile, entry: TensorEntry, device: torch.device, content: Content
+) -> torch.Tensor | None:
+    """Decodes mask or importance on the device; None if the CPU has to decode it, or raise the error."""
+    recipe = recipe_of(file, entry, engine_of(device), content)
+    if recipe is None:
+        return None
+    dtype = torch.bool if content is Content.MASK else torch.float32
+    made = torch.empty(entry.shape, dtype=dtype, device=device)
+    refused: list[Target] = []
+    with current(device):
+        target = Target(file, entry, recipe, made.data_ptr(), content)
+        decode([target], queue_of(device), torch.get_num_threads(), refused.append)
+    return None if refused else made
 
 
 def _decoded_by_cpu(file: SfpFile, name: str, device: torch.device) -> torch.Tensor:

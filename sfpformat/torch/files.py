@@ -228,21 +228,32 @@ class TorchFile(Closing):
     def get_mask(self, name: str) -> torch.Tensor:
         """Returns the mask: bool, of the tensor's shape, True for survivors. All True if there is no mask.
 
-        The CPU decodes masks and importances for all devices: the CUDA kernels only decode weights.
+        A CUDA device decodes it itself, as `get_tensors`.
 
         Raises:
             MissingTensorError: there is no tensor of that name.
             InvalidFileError, LimitError: the file is damaged or refused.
         """
+        if self._on_device:
+            from .device_memory import read_mask  # lazy: the import prepares the kernels' tables
+
+            return read_mask(self.file, name, self.device)
         return tensor_of(self.file.get_mask(name)).to(self.device)
 
     def get_importance(self, name: str) -> torch.Tensor | None:
         """Returns the importance of every position: float32, of the tensor's shape. None if there is none.
 
+        It is 0 at pruned positions for which the file stores none. A CUDA device decodes it itself, as
+        `get_tensors`.
+
         Raises:
             MissingTensorError: there is no tensor of that name.
             InvalidFileError, LimitError: the file is damaged or refused.
         """
+        if self._on_device:
+            from .device_memory import read_importance  # lazy, as above
+
+            return read_importance(self.file, name, self.device)
         importance = self.file.get_importance(name)
         return None if importance is None else tensor_of(importance).to(self.device)
 

@@ -20,7 +20,7 @@ from kernels.tools import check, identity, inputs, machine, peers, shim, speed
 from kernels.tools.report import tables
 from sfpformat.engines import get_device_engine
 from sfpformat.engines.cuda import driver, pinned_loading, work
-from sfpformat.torch import device_deltas, device_memory
+from sfpformat.torch import device_deltas, device_memory, files
 
 from ..support.programs import needs
 
@@ -130,6 +130,21 @@ def test_a_delta_is_applied_and_timed_on_both_ways(name: str, monkeypatch: pytes
     assert found["floor_ms"] == pytest.approx(2 * 2 * 4 * 64 * 64 / 1e6 * 1e3)
     assert device.launched.count("place_changes_2") == 4
     assert device.launched.count("flip_elements") == 4
+
+
+def test_masks_and_importances_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "is_decoded_on", lambda device, engine: engine == "cuda")
+    monkeypatch.setattr(driver, "why_not", lambda: None)
+    monkeypatch.setattr(pinned_loading, "open_device", shim.device_of())
+    monkeypatch.setattr(device_memory, "engine_of", lambda _: get_device_engine("cuda"))
+    monkeypatch.setattr(device_memory, "stream_of", lambda _: (0, 0))
+    monkeypatch.setattr(device_memory, "current", nullcontext)
+    monkeypatch.setattr(device_memory, "_thread", threading.local())
+    golden, made = len(list(identity.golden_files(60))), len(list(inputs.files(every=60)))
+    assert identity.compare_contents(20, 60, "cpu") == golden + 2 * made + 20
+    monkeypatch.setattr(device_memory, "read_mask", lambda file, name, device: torch.zeros(1))
+    with pytest.raises(AssertionError, match="file 0: another mask"):
+        identity.compare_contents(0, 60, "cpu")
 
 
 def test_codewords_are_laid_out_for_dfloat11() -> None:
@@ -246,6 +261,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "compare_products", lambda device, every: [])
     monkeypatch.setattr(identity, "compare_with_reference", lambda damaged, every: 12)
     monkeypatch.setattr(identity, "compare_deltas", lambda device, blocks: blocks)
+    monkeypatch.setattr(identity, "compare_contents", lambda damaged, every: 5)
     monkeypatch.setattr(identity, "compare_layers", lambda: 3)
     monkeypatch.setattr(identity, "sanitize", lambda tool, arguments, seconds: {"said": tool})
     monkeypatch.setattr(speed, "copy_rate", lambda: 4e12)
@@ -263,11 +279,12 @@ def test_all_parts_run_and_the_exit_code_reports_failures(
     assert check.main(["--out", str(tmp_path)]) == 0
     whole = json.loads((tmp_path / "a-device.json").read_text())
     names = [part["name"] for part in whole["parts"]]
-    assert names[:7] == [
+    assert names[:8] == [
         "kernels compiled",
         "files as by the reference",
         "products as in double precision",
         "deltas as by the reference",
+        "masks and importances as by the reference",
         "layers as dense ones",
         "copy rate",
         "products",
@@ -278,7 +295,7 @@ def test_all_parts_run_and_the_exit_code_reports_failures(
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
     monkeypatch.setattr(speed, "copy_rate", fails)
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
-    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 6
+    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 7
 
 
 @pytest.mark.usefixtures("pretended")

@@ -40,6 +40,7 @@ def test_the_source_is_one_string_without_headers() -> None:
         "mask",
         "values",
         "decode",
+        "parts",
         "dense",
         "ring",
         "short",

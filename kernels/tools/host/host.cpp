@@ -187,6 +187,8 @@ const Kernel KERNELS[] = {
     DECODING(any_2),
     DECODING(any_4),
     DECODING(any_8),
+    DECODING(masks),
+    DECODING(importances),
     DECODING(plain_2),
     DECODING(plain_4),
     DECODING(plain_8),

@@ -16,12 +16,14 @@ from ...coding.bits import Bytes, as_bytes
 from ...coding.codetable import CodeTable, PrefixCode
 from ...coding.quantisers import F32, Exact, Quantiser, Uniform
 from ...container.entry import TensorEntry
+from ..device_interface import Content
 from ..translation import (
     NO_MULTIPLIER,
     SCALE_TENSOR,
     STREAMS,
     count_rule_of,
     has_few_levels,
+    importance_positions,
     keeps_patterns,
     level_patterns,
     mask_kind_of,
@@ -33,6 +35,7 @@ from . import layout
 _MOST_SLOTS = 256
 _SHORT_BITS = 8  # index bits of the first look-up
 _MOST_PATTERNS = 1 << 16  # of a look-up table over levels
+_KERNELS = {Content.MASK: "masks", Content.IMPORTANCE: "importances"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +46,10 @@ class Recipe:
         data: a `layout.RECIPE` and all arrays that it refers to, by offsets; a multiple of 16 bytes.
         tables: bytes after ``data`` that the kernels fill with look-up tables, a multiple of 16.
         codes: (stream, code) of every look-up table.
-        kernel: the name of the kernel that decodes the tensor.
+        kernel: the name of the kernel that decodes the tensor, or its mask or importances.
         streams: number of streams of the tensor.
         segment: positions per segment.
-        item: bytes per weight.
+        item: bytes per element that the kernel writes.
         shares_tables: whether all warps of a block must work on this tensor.
         warp_segments: the number of segments that a warp decodes.
     """
@@ -86,12 +89,15 @@ def _aligned(size: int) -> int:
     return -(-size // layout.ALIGNMENT) * layout.ALIGNMENT
 
 
-def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
+def make_recipe(
+    entry: TensorEntry, vectors: dict[str, F32], content: Content = Content.WEIGHTS
+) -> Recipe | None:
     """Returns the recipe of a tensor with coding ``fingerprint``.
 
     Args:
-        entry: the tensor's entry.
+        entry: the tensor's entry; it must have the content.
         vectors: the checked vectors of its vector chunk.
+        content: what the recipe decodes.
 
     Returns:
         The recipe; None if no kernel supports the tensor: it uses more than 256 classes, or it is raw.
@@ -112,9 +118,11 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         out["streams"][number]["trimmed"] = stream in entry.trimmed_streams()
         codes += [(number, code) for code in range(len(table.codes))]
     _fill(out, entry, vectors, pool)
+    if content is Content.IMPORTANCE:  # also of those that do not multiply the weights
+        out["multiplier"] = importance_positions(entry)
     size = _place_tables(out, pool.size) - pool.size
     parts = [out.tobytes().ljust(len(pool.parts[0]), b"\0"), *pool.parts[1:]]
-    kernel = kernel_of(entry)
+    kernel = _KERNELS[content] if content in _KERNELS else kernel_of(entry)
     return Recipe(
         as_bytes(b"".join(parts)),
         size,
@@ -122,7 +130,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         kernel,
         len(tables),
         entry.segment,
-        entry.dtype.itemsize,
+        content.value or entry.dtype.itemsize,
         kernel.startswith(("dense", "short", "sparse")),
         _segments_a_warp(entry.segment) if kernel.startswith("windows") else layout.WARP,
     )
