@@ -1,8 +1,9 @@
 """Decodes whole tensors, masks and importances into the memory of a device.
 
-Theory of operation: chunks are read in batches and their checksums are compared. The engine copies a batch to
-the device and decodes it while the next batches are read. `decode` returns only after every segment is
-verified. If the engine refuses a tensor, the CPU decodes it, which gives the tensor or raises the error.
+Theory of operation: chunks are read in batches, each straight into the memory from which the device copies
+it, and their checksums are compared there. The engine copies a batch to the device and decodes it while the
+next batches are read. `decode` returns only after every segment is verified. If the engine refuses a tensor,
+the CPU decodes it, which gives the tensor or raises the error.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 
 from ..coding.bits import Bytes
 from ..container.entry import TensorEntry
-from ..engines import DeviceEngine, DeviceQueue, Run
-from ..engines.device_interface import Content, Pending
+from ..engines import DeviceEngine, DeviceQueue
+from ..engines.device_interface import Content, DeviceRun, Pending
 from ..errors import FileFault
 from .reader import SfpFile, require_within_limits
 
@@ -60,9 +61,7 @@ def recipe_of(
     return engine.make_recipe(entry, file.decoder(entry).vectors, content)
 
 
-def decode(
-    targets: Sequence[Target], queue: DeviceQueue, threads: int, refused: Callable[[Target], None]
-) -> None:
+def decode(targets: Sequence[Target], queue: DeviceQueue, refused: Callable[[Target], None]) -> None:
     """Decodes tensors into their memory; returns when all are complete.
 
     If it raises an exception, no copy and no kernel is still running.
@@ -70,7 +69,6 @@ def decode(
     Args:
         targets: at least one.
         queue: a queue of the device.
-        threads: the greatest number of threads that copy chunks.
         refused: called for each tensor that the engine refuses; must decode the tensor on the CPU.
 
     Raises:
@@ -82,12 +80,13 @@ def decode(
         for batch in _batches(targets):
             if len(pending) == queue.depth:
                 _settle(*pending.popleft(), refused)
+            planned = queue.plan_runs(_runs(batch))
             try:
-                data = _read(batch)
+                _read(batch, planned.places)
             except FileFault:
                 _settle_all(pending, refused)  # an error in an earlier batch is raised first
                 raise
-            pending.append((batch, queue.start_runs(_runs(batch, data), threads)))
+            pending.append((batch, planned.start()))
         _settle_all(pending, refused)
     except BaseException:
         queue.abandon()
@@ -107,15 +106,16 @@ def _settle(batch: _Batch, pending: Pending, refused: Callable[[Target], None]) 
         refused(target)
 
 
-def _runs(batch: _Batch, data: list[Bytes]) -> list[Run[int]]:
+def _runs(batch: _Batch) -> list[DeviceRun]:
     """Returns the run of every chunk of a batch."""
     runs = []
-    for (target, k), chunk in zip(batch, data, strict=True):
+    for target, k in batch:
         entry = target.entry
+        length = int(entry.chunks["length"][k])
         first, stop = entry.segments_of_chunk(k)
         start, total = entry.positions_of_chunk(k)
         out = target.out + start * (target.content.value or entry.dtype.itemsize)
-        runs.append(Run(target.recipe, chunk, total, start, 0, stop - first, out))
+        runs.append(DeviceRun(target.recipe, length, total, start, 0, stop - first, out))
     return runs
 
 
@@ -134,10 +134,11 @@ def _batches(targets: Sequence[Target]) -> Iterator[_Batch]:
         yield batch
 
 
-def _read(batch: _Batch) -> list[Bytes]:
+def _read(batch: _Batch, places: Sequence[Bytes]) -> None:
     """Reads the chunks of a batch and compares their checksums; chunks of one file are read in parallel."""
-    data: list[Bytes] = []
+    at = 0
     for _, some in groupby(batch, lambda item: id(item[0].file)):
         own = list(some)
-        data += own[0][0].file.read_chunks([(target.entry, k) for target, k in own])
-    return data
+        wanted = [(target.entry, k) for target, k in own]
+        own[0][0].file.read_chunks_into(wanted, places[at : at + len(own)])
+        at += len(own)

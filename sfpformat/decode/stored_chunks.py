@@ -147,11 +147,25 @@ class StoredChunks:
         for offset, length, checksum in places:
             chunk = data[offset - start : offset - start + length]
             if crc32(chunk.data) != checksum:
-                self._source.require_unchanged()
-                raise fault(
-                    "R-LAY-004", "a chunk's checksum does not match", tensor=entry.name, offset=offset
-                )
+                raise self._mismatch(entry, offset)
             yield chunk
+
+    def read_into(self, entry: TensorEntry, k: int, out: Bytes) -> None:
+        """Reads chunk k of a tensor into ``out``, of its length, and compares its checksum there.
+
+        Raises:
+            InvalidFileError, RemoteError: as in `read`; ``out`` is then undefined.
+        """
+        offset, _, checksum = self._places_of(entry)[k]
+        with placed(tensor=entry.name, base=offset):
+            self._source.read_into(out.data, offset)
+        if crc32(out.data) != checksum:
+            raise self._mismatch(entry, offset)
+
+    def _mismatch(self, entry: TensorEntry, offset: int) -> Exception:
+        """Returns the error of a chunk whose checksum does not match; raises if a remote file has changed."""
+        self._source.require_unchanged()
+        return fault("R-LAY-004", "a chunk's checksum does not match", tensor=entry.name, offset=offset)
 
     def read_region(self, offset: int, chunks: Sequence[tuple[int, int]]) -> Bytes | None:
         """Reads consecutive chunks of any tensors. None if a checksum differs or the file is too short.

@@ -15,7 +15,6 @@ from ..coding.changes import ElementKind
 from ..coding.exact_encoding import Patterns
 from ..coding.quantisers import F32
 from ..container.entry import TensorEntry
-from .interface import Run
 
 # A run of segments of a resident tensor: chunk, first segment in it, one past the last, output offset in
 # bytes.
@@ -37,6 +36,43 @@ class Pending(Protocol):
         """Waits. Returns for each run whether the memory holds its weights; see `Engine.decode_runs`."""
 
 
+class DeviceRun(NamedTuple):
+    """A run of neighbouring segments of a chunk that is not in memory yet.
+
+    Attributes:
+        recipe: the tensor's recipe, from `DeviceEngine.make_recipe`.
+        length: bytes of the chunk, at least 64.
+        total, start, first, stop: as of `Run`.
+        out: the address of the run's elements on the device, a multiple of 4.
+    """
+
+    recipe: Any
+    length: int
+    total: int
+    start: int
+    first: int
+    stop: int
+    out: int
+
+
+class DeviceBatch(Protocol):
+    """Runs whose chunks the caller reads into memory from which the device copies.
+
+    Attributes:
+        places: memory for the chunk of each run, of its length.
+    """
+
+    @property
+    def places(self) -> Sequence[Bytes]: ...
+
+    def start(self) -> Pending:
+        """Copies the chunks to the device, and begins to decode them.
+
+        The places must hold chunks whose checksums have been compared, and must not change any more. The
+        caller may release the memory of the elements after `Pending.good`.
+        """
+
+
 class DeviceQueue(Protocol):
     """A stream of a device, for decoding into its memory. Not thread-safe.
 
@@ -50,15 +86,10 @@ class DeviceQueue(Protocol):
     def prepare(self, recipes: Sequence[Any]) -> None:
         """Copies recipes to the device, all in one copy; must precede their runs."""
 
-    def start_runs(self, runs: Sequence[Run[int]], threads: int) -> Pending:
-        """Copies the chunks of runs to the device, and begins to decode them.
+    def plan_runs(self, runs: Sequence[DeviceRun]) -> DeviceBatch:
+        """Returns a batch of runs, whose recipes must be prepared.
 
-        The caller may release the bytes of the chunks on return, and the memory of the weights after
-        `Pending.good`.
-
-        Args:
-            runs: their recipes must be prepared.
-            threads: the greatest number of threads that copy.
+        Fewer than `depth` batches may be pending. A batch that is not started ends with the next call.
         """
 
     def abandon(self) -> None:

@@ -41,6 +41,13 @@ class Source(Protocol):
             ClosedFileError: the source is closed.
         """
 
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fills ``out``, writable bytes, with the bytes from ``offset`` on.
+
+        Raises:
+            InvalidFileError, ClosedFileError: as in `read`.
+        """
+
     def unplanned(self, ranges: Iterable[tuple[int, int]]) -> list[Range]:
         """Returns what a `ReadAhead` has to fetch of ranges, file offsets with an exclusive stop.
 
@@ -122,6 +129,12 @@ class _Local:
 
     is_remote: ClassVar[bool] = False
 
+    def read(self, offset: int, size: int) -> Buffer:
+        raise NotImplementedError
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        out[:] = self.read(offset, len(out))
+
     def unplanned(self, ranges: Iterable[tuple[int, int]]) -> list[Range]:
         return []
 
@@ -144,6 +157,9 @@ class _FileSource(_Local):
         # np.empty, because a bytearray would be filled with zeros first.
         view = np.empty(min(size, max(self.length - offset, 0)), np.uint8).data
         return _require_all(view[: self._file.read_into(view, offset)], size)
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        _require_all(out[: self._file.read_into(out, offset)], len(out))
 
     def reopenable(self) -> str:
         if self._file.closed:

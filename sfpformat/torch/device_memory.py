@@ -74,7 +74,7 @@ def read_tensors(
 
     if targets:
         with current(device):
-            decode(targets, queue_of(device), torch.get_num_threads(), refused)
+            decode(targets, queue_of(device), refused)
     return made
 
 
@@ -123,7 +123,7 @@ def _read_content(
     refused: list[Target] = []
     with current(device):
         target = Target(file, entry, recipe, made.data_ptr(), content)
-        decode([target], queue_of(device), torch.get_num_threads(), refused.append)
+        decode([target], queue_of(device), refused.append)
     return None if refused else made
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sfp_conformance.forge import Forge
@@ -21,6 +22,8 @@ from sfpformat.decode.shard_index import ShardIndex
 from sfpformat.engines import decodes_on_device, get_device_engine
 from sfpformat.engines.cuda import driver, pinned_loading
 from sfpformat.engines.cuda.batch import Running
+from sfpformat.engines.cuda.device import HostMemory
+from sfpformat.io.positional import PositionalFile
 from sfpformat.numpy import save
 from sfpformat.torch import device_memory, files, load, load_model, safe_open, save_model
 from sfpformat.torch.files import TorchFile
@@ -184,6 +187,32 @@ def test_memory_is_pinned_once_for_many_tensors(devices: list[shim.HostDevice]) 
         for name in file:
             device_memory.read_tensors(file.file, [name], CPU)
     assert len(devices) == 2  # one of them for copies
+
+
+def test_chunks_are_read_straight_into_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.sfp"
+    path.write_bytes(save(many(), options=Options(segment=96, chunk=96 * 40)))
+    places: list[int] = []
+    pinned: list[tuple[int, int]] = []
+    read_into = PositionalFile.read_into
+
+    def pin(device: shim.HostDevice, size: int) -> HostMemory:
+        memory = device.allocate(size)
+        pinned.append((memory.address, memory.address + size))
+        return memory
+
+    def recorded(file: PositionalFile, view: memoryview, offset: int) -> int:
+        places.append(np.frombuffer(view, np.uint8).ctypes.data)
+        return read_into(file, view, offset)
+
+    with on_device(path) as file:
+        monkeypatch.setattr(PositionalFile, "read_into", recorded)
+        monkeypatch.setattr(shim.HostDevice, "pin", pin)
+        found = device_memory.read_tensors(file.file, list(file), CPU)
+        chunks = sum(len(file.file.entry(name).chunks) for name in file)
+    assert_same(found, {name: torch.from_numpy(tensor) for name, tensor in many().items()})
+    assert len(places) == chunks > 9
+    assert all(any(start <= place < stop for start, stop in pinned) for place in places)
 
 
 def test_limits_apply_on_a_device(devices: list[shim.HostDevice]) -> None:

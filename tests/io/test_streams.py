@@ -17,7 +17,8 @@ import pytest
 
 import sfpformat
 from conformance.recipes.samples import weights
-from sfpformat import OptionError, Writer
+from sfpformat import ClosedFileError, InvalidFileError, OptionError, Writer
+from sfpformat.io.source import open_source
 from sfpformat.numpy import load, save
 
 from ..support.clauses import clauses
@@ -45,6 +46,21 @@ def write(stream: Any) -> None:
 def opened_to_append(path: Path) -> BinaryIO:
     """A stream in append mode that does not report it."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "stream"])
+def test_bytes_are_read_into_memory_of_the_caller(kind: str, tmp_path: Path) -> None:
+    (path := tmp_path / "m.sfp").write_bytes(EXPECTED)
+    readable: Any = {"path": path, "bytes": EXPECTED, "stream": io.BytesIO(EXPECTED)}[kind]
+    source = open_source(readable)
+    out = bytearray(200)
+    source.read_into(memoryview(out)[3:103], 64)
+    assert out == bytes(3) + EXPECTED[64:164] + bytes(97)
+    with pytest.raises(InvalidFileError, match="only 10 of 20 bytes"):
+        source.read_into(memoryview(out)[:20], len(EXPECTED) - 10)
+    source.close()
+    with pytest.raises(ClosedFileError):
+        source.read_into(memoryview(out), 0)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
-from ...io.threads import for_each
 from ..interface import Run
 from . import layout
 from .device import Device, HostMemory, Mark, Memory
@@ -33,13 +32,19 @@ class OnDevice(NamedTuple):
     length: int
 
 
+class Coming(NamedTuple):
+    """A chunk that the caller reads into its place in the copied memory: its size in bytes."""
+
+    length: int
+
+
 class Task(NamedTuple):
     """A run of neighbouring segments of a chunk.
 
     Attributes:
         recipe: the tensor's recipe.
         at: address of the recipe on the device.
-        data: all bytes of the chunk; its checksum has been verified.
+        data: all bytes of the chunk, whose checksum has been verified, or where it is.
         total: number of positions of the chunk.
         start: position in the tensor of the chunk's first position.
         first, stop: the first segment and one past the last, numbered within the chunk.
@@ -48,7 +53,7 @@ class Task(NamedTuple):
 
     recipe: Recipe
     at: int
-    data: Bytes | OnDevice
+    data: Bytes | OnDevice | Coming
     total: int
     start: int
     first: int
@@ -67,7 +72,8 @@ class Plan:
     """The memory layout of a batch.
 
     Attributes:
-        chunks: offset in the copied memory, and bytes, of each distinct chunk.
+        chunks: offset in the copied memory, and bytes, of each distinct chunk that is in memory.
+        places: offset in the copied memory, and size, of each chunk that the caller reads.
         jobs: `layout.JOB`, one per task; ``data`` is an offset until `run_batch`, unless the chunk is already
             on the device; ``index`` and ``errors`` are offsets in words.
         parts: kernel -> `layout.PART`, `layout.WARPS` per block.
@@ -77,6 +83,7 @@ class Plan:
     """
 
     chunks: list[tuple[int, Bytes]]
+    places: list[tuple[int, int]]
     jobs: NDArray[np.void]
     parts: dict[str, NDArray[np.void]]
     jobs_at: int
@@ -89,18 +96,23 @@ class Plan:
 def plan_batch(tasks: Sequence[Task]) -> Plan:
     """Computes the layout of a batch. Does not access a device."""
     chunks: list[tuple[int, Bytes]] = []
+    coming: list[tuple[int, int]] = []
     places: dict[int, int] = {}  # address of a chunk -> its offset
     jobs = np.zeros(len(tasks), layout.JOB)
     size = index_words = error_words = 0
     for job, task in zip(jobs, tasks, strict=True):
         if isinstance(task.data, OnDevice):
             job["data"], job["length"] = task.data
+        elif isinstance(task.data, Coming):
+            job["data"], job["length"] = size, task.data.length
+            coming.append((size, task.data.length))
+            size += _rounded(task.data.length)
         else:
             key = task.data.__array_interface__["data"][0]
             if key not in places:
                 places[key] = size
                 chunks.append((size, task.data))
-                size += -(-len(task.data) // _CHUNK_UNIT) * _CHUNK_UNIT
+                size += _rounded(len(task.data))
             job["data"], job["length"] = places[key], len(task.data)
         segments = -(-task.total // task.recipe.segment)
         job["out"], job["start"], job["recipe"] = task.out, task.start, task.at
@@ -111,7 +123,11 @@ def plan_batch(tasks: Sequence[Task]) -> Plan:
     parts = _parts(tasks)
     jobs_at, size = size, size + jobs.nbytes
     size += sum(some.nbytes for some in parts.values())
-    return Plan(chunks, jobs, parts, jobs_at, size, size + 4 * len(tasks), index_words, error_words)
+    return Plan(chunks, coming, jobs, parts, jobs_at, size, size + 4 * len(tasks), index_words, error_words)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _CHUNK_UNIT) * _CHUNK_UNIT
 
 
 def _parts(tasks: Sequence[Task]) -> dict[str, NDArray[np.void]]:
@@ -173,8 +189,8 @@ def run_batch(device: Device, plan: Plan, staging: HostMemory, copying: Device |
     Args:
         device: the queue that decodes.
         plan: its ``jobs`` are updated with the device addresses.
-        staging: pinned memory of at least ``plan.size`` bytes, with the chunks in place (`fill_chunks`); must
-            not be modified before the batch ends.
+        staging: pinned memory of at least ``plan.size`` bytes, with the chunks in place; must not be modified
+            before the batch ends.
         copying: a separate queue for copies to the device, so that they overlap with earlier decoding.
     """
     source = copying or device
@@ -223,14 +239,10 @@ def launch(
         device.launch(kernel, count // layout.WARPS, arguments)
 
 
-def fill_chunks(plan: Plan, staging: HostMemory, threads: int = 1) -> None:
-    """Copies the chunks to their places with several threads: one thread is slower than a device."""
-
-    def fill(chunk: tuple[int, Bytes]) -> None:
-        at, data = chunk
+def fill_chunks(plan: Plan, staging: HostMemory) -> None:
+    """Copies the chunks that are in memory to their places."""
+    for at, data in plan.chunks:
         staging.bytes[at : at + len(data)] = data
-
-    for_each(fill, plan.chunks, min(threads, len(plan.chunks)))
 
 
 def _put(staging: HostMemory, at: int, values: NDArray[np.void]) -> int:

@@ -1,7 +1,7 @@
 """Decodes into the memory of a device, with a ring of pinned buffers and a second queue for copies.
 
 While the device decodes one batch, the second queue copies the next one to the device, and the CPU reads the
-one after that.
+one after that from the file straight into pinned memory.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..interface import Run
-from .batch import Running, fill_chunks, plan_batch, run_batch, task_of
+from ...coding.bits import Bytes
+from ..device_interface import DeviceRun
+from .batch import Coming, Plan, Running, Task, plan_batch, run_batch
 from .device import Device, HostMemory
 from .driver import CudaDevice
 from .loaded import Recipes
@@ -20,7 +21,6 @@ from .recipe import Recipe
 # Opens a queue. Arguments: the index of a device, and the handle of the stream that the queue uses, or None
 # for a new stream. Tests replace it.
 open_device: Callable[[int, int | None], Device] = CudaDevice
-_MOST_COPYING = 8  # threads that copy to pinned memory; more do not raise the bandwidth
 
 
 @dataclass
@@ -35,6 +35,25 @@ class _Slot:
         assert self.running is not None
         running, self.running = self.running, None
         return running.good()
+
+
+@dataclass
+class _Batch:
+    """A planned batch. Implements `device_interface.DeviceBatch`."""
+
+    queue: Queue
+    slot: _Slot
+    plan: Plan
+
+    @property
+    def places(self) -> Sequence[Bytes]:
+        """Implements `device_interface.DeviceBatch`."""
+        assert self.slot.staging is not None
+        return [self.slot.staging.bytes[at : at + length] for at, length in self.plan.places]
+
+    def start(self) -> _Slot:
+        """Implements `device_interface.DeviceBatch`."""
+        return self.queue.start(self)
 
 
 class Queue:
@@ -68,16 +87,26 @@ class Queue:
         """Implements `device_interface.DeviceQueue`."""
         self.recipes.load(recipes)
 
-    def start_runs(self, runs: Sequence[Run[int]], threads: int) -> _Slot:
+    def plan_runs(self, runs: Sequence[DeviceRun]) -> _Batch:
         """Implements `device_interface.DeviceQueue`."""
         slot = self._slots[self._turn % self.depth]
         assert slot.running is None, "more batches are pending than there are buffers"
-        plan = plan_batch([task_of(run, self.recipes, run.out) for run in runs])
+        plan = plan_batch([self._task_of(run) for run in runs])
         if slot.staging is None or len(slot.staging.bytes) < plan.size:
             # Room for a slightly larger next batch.
             slot.staging = self.device.pin(plan.size + plan.size // 4)
-        fill_chunks(plan, slot.staging, min(threads, _MOST_COPYING))
-        slot.running = run_batch(self.device, plan, slot.staging, self._copying)
+        return _Batch(self, slot, plan)
+
+    def _task_of(self, run: DeviceRun) -> Task:
+        at = self.recipes.address(run.recipe)
+        return Task(run.recipe, at, Coming(run.length), run.total, run.start, run.first, run.stop, run.out)
+
+    def start(self, batch: _Batch) -> _Slot:
+        """Starts a batch of this queue, of which the caller has read the chunks."""
+        slot = batch.slot
+        assert slot is self._slots[self._turn % self.depth], "the batch has ended"
+        assert slot.staging is not None
+        slot.running = run_batch(self.device, batch.plan, slot.staging, self._copying)
         self._turn += 1
         return slot
 

@@ -80,6 +80,10 @@ class RemoteSource:
         data = self._fetched(offset, min(stop, kept))
         return data if stop <= kept else b"".join((data, self._tail[: stop - kept]))
 
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fills ``out`` with the bytes from ``offset`` on; raises what `read` does."""
+        out[:] = self.read(offset, len(out))
+
     def _fetched(self, start: int, stop: int) -> bytes | memoryview:
         """Returns bytes before the tail: from a plan, or by new requests."""
         for plan in self._plans:
