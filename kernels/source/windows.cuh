@@ -25,8 +25,21 @@ __device__ inline u32 segments_a_warp(u32 segment) {
     return segment < WARP_LEVELS ? least(WARP_LEVELS / segment, WARP) : 1;
 }
 
-// Spreads four bits to the lowest bits of four bytes.
-__device__ inline u32 spread(u32 four) { return (four & 15) * 0x00204081 & 0x01010101; }
+// Transposes 4 × 4 bytes: byte j of word i becomes byte i of word j.
+__device__ inline void transpose(u32 &a, u32 &b, u32 &c, u32 &d) {
+    u32 low = __byte_perm(a, b, 0x5140), high = __byte_perm(a, b, 0x7362);
+    u32 next = __byte_perm(c, d, 0x5140), last = __byte_perm(c, d, 0x7362);
+    a = __byte_perm(low, next, 0x5410);
+    b = __byte_perm(low, next, 0x7632);
+    c = __byte_perm(high, last, 0x5410);
+    d = __byte_perm(high, last, 0x7632);
+}
+
+// Returns bits `i`, `i` + 8, `i` + 16 and `i` + 24 of a plane as bit `k` of four bytes. The compiler joins it with the
+// union of planes, so that it takes two instructions.
+__device__ inline u32 spread(u32 plane, u32 i, u32 k) {
+    return (i < k ? plane << (k - i) : plane >> (i - k)) & 0x01010101u << k;
+}
 
 // The stream of a segment.
 struct Symbols {
@@ -54,16 +67,20 @@ template <u32 BITS> __device__ inline u32 fill_window_tile(Symbols &symbols, u32
     // The symbol of an escaped level counts as 0, because the sum with `lowest` might not fit into its byte.
 #pragma unroll
     for (u32 k = 0; k < most; k++) planes[k] &= ~escapes;
+    // Word i has levels i, i + 8, i + 16 and i + 24.
     u32 slots[LANE_LEVELS / 4];
 #pragma unroll
     for (u32 i = 0; i < LANE_LEVELS / 4; i++) {
-        slots[i] = symbols.lowest * 0x01010101;
+        slots[i] = 0;
 #pragma unroll
-        for (u32 k = 0; k < most; k++) slots[i] += spread(planes[k] >> 4 * i) << k;
+        for (u32 k = 0; k < most; k++) slots[i] |= spread(planes[k], i, k);
+        slots[i] += symbols.lowest * 0x01010101;
     }
+    transpose(slots[0], slots[1], slots[2], slots[3]);
+    transpose(slots[4], slots[5], slots[6], slots[7]);
     tile += lane * (LANE_LEVELS / sizeof(Words));
-    tile[0] = {slots[0], slots[1], slots[2], slots[3]};
-    tile[1] = {slots[4], slots[5], slots[6], slots[7]};
+    tile[0] = {slots[0], slots[4], slots[1], slots[5]};
+    tile[1] = {slots[2], slots[6], slots[3], slots[7]};
     u32 number = (u32)__popc(escapes), up_to = sum_up_to(number, lane), wrong = 0;
     u32 place = symbols.escaped + (up_to - number) * symbols.escape;
     symbols.escaped += (u32)__shfl_sync(ALL_LANES, up_to, WARP - 1) * symbols.escape;

@@ -173,8 +173,9 @@ def spread_weights(dtype: Any, density: float, rows: int = 60, columns: int = 70
 
 
 def test_every_kernel_decodes_its_kind_of_stream(judged: Judged) -> None:
-    of_others = ("multiply", "place", "count_keys", "sum_keys", "flip_elements")  # products and deltas
-    others = {kernel for kernel in kernel_source.kernels() if kernel.startswith(of_others)}
+    of_products_and_deltas = ("multiply", "place", "count_keys", "sum_keys", "flip_elements")
+    others = {kernel for kernel in kernel_source.kernels() if kernel.startswith(of_products_and_deltas)}
+    others |= {"masks", "importances"}
     assert set(KERNELS) | {"fill_tables", "index_chunks"} | others == set(kernel_source.kernels())
     for kernel, kinds in KERNELS.items():
         for dtype, options, density in kinds:
