@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 # Arrays of SHARING bytes up to _OWN bytes share blocks; smaller ones have their own memory. The system
 # provides memory in huge pages four times as fast as in small ones (measured: 45 MB in 7 ms instead of 30),
 # and numpy requests huge pages for allocations of at least 4 MiB. A huge page begins at a multiple of its
-# size, so blocks of such allocations do, too. An array in use keeps its whole block alive; therefore the
-# allocation of a block has at most _SHARE times the bytes of any array in it, and arrays of different sizes
-# have different blocks.
+# size, so blocks of such allocations do, too. An array in use keeps its whole block alive; therefore a block
+# has at most _SHARE times the bytes of any array in it, and arrays of different sizes have different blocks.
+# So that a block begins at a huge page, its allocation has the size of one more, which nothing touches; a
+# block of several huge pages counts it as its own.
 SHARING = 64 << 10
 _OWN = 4 << 20
 _GREATEST_BLOCK = 8 << 20
@@ -48,9 +49,10 @@ def arrays_of(
 def _block_for(size: int) -> tuple[int, int]:
     """Returns size and alignment of the block for an array of ``size`` bytes."""
     most = _SHARE * size
-    if most < 2 * _HUGE_PAGE:
+    if most < _HUGE_PAGE:
         return 1 << most.bit_length() - 1, _ALIGNMENT
-    return min((most - _HUGE_PAGE) // _HUGE_PAGE * _HUGE_PAGE, _GREATEST_BLOCK), _HUGE_PAGE
+    huge = max((most - _HUGE_PAGE) // _HUGE_PAGE, 1) * _HUGE_PAGE
+    return min(huge, _GREATEST_BLOCK), _HUGE_PAGE
 
 
 def _aligned_block(size: int, alignment: int) -> NDArray[np.uint8]:

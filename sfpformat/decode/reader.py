@@ -175,7 +175,8 @@ class SfpFile(Closing):
         """Decodes whole tensors in parallel. None decodes all tensors, in file order.
 
         Tensors of 64 KiB to 4 MiB may share blocks of memory. A block has at most eight times the bytes of
-        any tensor in it, so a tensor in use keeps at most eight times its own bytes in memory.
+        any tensor in it, so a tensor in use keeps at most eight times its own bytes in memory. Blocks may
+        have up to 2 MiB more of address space, which is not touched.
 
         Raises:
             MissingTensorError: a name is not in the file.

@@ -22,6 +22,7 @@ from sfpformat.numpy import load, load_file, save
 from ..support.clauses import clauses
 
 ENGINES = ["python", "numba"]
+HUGE_PAGE = 2 << 20
 Array = NDArray[Any]
 
 
@@ -88,6 +89,8 @@ def test_a_tensor_that_is_kept_keeps_at_most_eight_times_its_bytes_alive(engine:
     for name, array in found.items():
         assert array.tobytes() == tensors[name].tobytes()
         own = array.nbytes if array.nbytes < SHARING else 8 * array.nbytes + 64
+        if 8 * array.nbytes >= HUGE_PAGE:
+            own += HUGE_PAGE  # of address space, not touched
         assert memory_of(array) <= own
 
 
