@@ -3,8 +3,8 @@
 ``python -m kernels.tools.instructions KERNEL …`` compiles the kernels, disassembles them by nvdisasm (package
 ``nvidia-cuda-nvdisasm``), and prints the instructions of each loop outside its inner loops, by the unit that
 executes them. Instructions that a branch skips count, too. For kernels whose levels per pass are known, it
-also prints the instructions per weight of the main loop, and the rate in TB/s of weights at which an H200 could
-issue them: 132 multiprocessors, four instructions of 32 lanes per cycle, 1.755 GHz.
+also prints the instructions per weight of the main loop, and the rate in TB/s of weights at which an H200
+could issue them: 132 multiprocessors, four instructions of 32 lanes per cycle, 1.755 GHz.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from .machine import compile_with_usage
 
 LANES_A_SECOND = 132 * 4 * 32 * 1.755e9  # instructions of one lane that an H200 issues
-# Kernel -> levels per lane of a pass of its main loop; bytes per weight. The main loop is the shortest of those
-# with most accesses to shared memory.
+# Kernel -> levels per lane of a pass of its main loop; bytes per weight. The main loop is the shortest of
+# those with most accesses to shared memory.
 WEIGHTS = {"windows_2_8": (32, 2), "windows_4_24": (32, 4)}
 UNITS = {
     "global": ("LDG", "STG", "ATOMG", "RED", "LDGSTS"),
