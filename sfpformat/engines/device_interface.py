@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -96,8 +95,7 @@ class DeviceQueue(Protocol):
         """Waits until no copy and no kernel is running; pending batches are lost. For use after an error."""
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """Device addresses of the operands and of the result of a product, in its dtype.
 
     Attributes:
@@ -105,7 +103,8 @@ class Operands:
         bias: [rows], or 0 for no bias.
         y: [batch, rows], the result.
         batch: number of rows of x, at least 1.
-        sums: scratch memory of `Product.sums_bytes`; contents undefined before and after the product.
+        sums: scratch memory of `Product.sums_bytes`; contents undefined before and after the product. 0 if
+            the product needs none.
         done: a 32-bit word for each of `Product.blocks`; zero before and after the product.
     """
 
@@ -121,12 +120,15 @@ class Product(Protocol):
     """The data that kernels need for products with a matrix, for one dtype of the activations.
 
     Attributes:
-        rows: number of rows of the matrix.
+        rows, columns: of the matrix.
         blocks: number of counters that the kernels need.
     """
 
     @property
     def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
 
     @property
     def blocks(self) -> int: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,10 +36,12 @@ _thread = threading.local()
 
 @dataclass
 class _Stream:
-    """A thread's queue and memory for one of torch's streams; cached, because creating them is slow."""
+    """A thread's queue and counters for one of torch's streams; cached, because creating them is slow."""
 
     queue: DeviceQueue
-    counters: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    counters: torch.Tensor | None = None
+    count: int = 0
+    address: int = 0
 
 
 def read_tensors(
@@ -136,15 +138,16 @@ def queue_of(device: torch.device) -> DeviceQueue:
     return _stream(device).queue
 
 
-def counters_of(device: torch.device, count: int) -> int:
-    """Returns the address of `count` 32-bit words that are zero, for torch's current stream.
+def queue_and_counters_of(device: torch.device, count: int) -> tuple[DeviceQueue, int]:
+    """Returns the calling thread's queue for torch's current stream, and the address of counters for it.
 
-    Kernels must reset them to zero.
+    The counters are ``count`` 32-bit words that are zero. Kernels must reset them to zero.
     """
     stream = _stream(device)
-    if len(stream.counters) < count:
+    if stream.count < count:
         stream.counters = torch.zeros(count, dtype=torch.int32, device=device)
-    return stream.counters.data_ptr()
+        stream.count, stream.address = count, stream.counters.data_ptr()
+    return stream.queue, stream.address
 
 
 def _stream(device: torch.device) -> _Stream:

@@ -140,30 +140,34 @@ def multiply(
         data: as for `decode`.
         dtype: the dtype that the weight is converted to, before it is converted to the dtype of x.
     """
-    batch = x.numel() // max(x.shape[-1], 1)
-    if not 1 <= batch <= MOST_ROWS or x.device != data.device:
+    # The processor's time of a call counts: a small product is as fast as the launch of its kernel.
+    shape, device = x.shape, data.device
+    batch = x.numel() // max(shape[-1], 1)
+    if not 1 <= batch <= MOST_ROWS or x.device != device:
         return None
-    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+    if bias is not None and (bias.dtype != x.dtype or bias.device != device):
         return None
-    with devices.current(data.device):
+    with devices.current(device):
         weight = _weight_of(data)
-        placed = None if weight is None else _placed(weight, data, dtype, x.dtype)
-        if weight is None or placed is None or x.shape[-1] != weight.entry.columns:
+        placed = None if weight is None else _placed(weight, device, dtype, x.dtype)
+        if placed is None or shape[-1] != placed.product.columns:
             return None
         product, own = placed.product, _aligned(x)
-        y = x.new_empty(*x.shape[:-1], product.rows)
+        y = x.new_empty((*shape[:-1], product.rows))
         # torch's caching allocator reuses this memory in stream order, so that it may be released here.
-        sums = x.new_empty(product.sums_bytes(batch), dtype=torch.uint8)
+        size = product.sums_bytes(batch)
+        sums = x.new_empty(size, dtype=torch.uint8) if size else None
         offset = None if bias is None else bias.contiguous()
+        queue, counters = devices.queue_and_counters_of(device, product.blocks)
         operands = Operands(
             own.data_ptr(),
             0 if offset is None else offset.data_ptr(),
             y.data_ptr(),
             batch,
-            sums.data_ptr(),
-            devices.counters_of(data.device, product.blocks),
+            0 if sums is None else sums.data_ptr(),
+            counters,
         )
-        placed.multiply(devices.queue_of(data.device), operands)
+        placed.multiply(queue, operands)
         return y
 
 
@@ -173,13 +177,15 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _placed(
-    weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype
+    weight: _Weight, device: torch.device, dtype: torch.dtype, compute: torch.dtype
 ) -> ResidentMatrix | None:
     """Returns the prepared product of a weight, created on first use; None if kernels do not support it."""
     key = dtype, compute
+    if key in weight.placed:  # no lock: entries are never removed
+        return weight.placed[key]
     with _lock:
         if key not in weight.placed:
-            weight.placed[key] = _place(weight, data.device, dtype, compute)
+            weight.placed[key] = _place(weight, device, dtype, compute)
         return weight.placed[key]
 
 
@@ -202,8 +208,11 @@ def _place(
 
 def _weight_of(data: torch.Tensor) -> _Weight | None:
     """Returns the cached information about some bytes; inspects them if there is none."""
+    found = _known.entry(data)
+    if found is not None:
+        return found.value
     with _lock:
-        found = _known.entry(data)
+        found = _known.entry(data)  # another thread may have inspected them
         if found is not None:
             return found.value
         weight = _inspect(data)
