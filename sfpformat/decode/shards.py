@@ -294,6 +294,14 @@ class ShardedFile(Closing):
                 out[i] = data
         return out
 
+    def read_chunks_into(self, wanted: Sequence[tuple[TensorEntry, int]], places: Sequence[Bytes]) -> None:
+        """Reads several chunks into memory of the caller, like `SfpFile.read_chunks_into`."""
+        inside: dict[str, list[int]] = {}
+        for i, (entry, _) in enumerate(wanted):
+            inside.setdefault(self._name_of_file(entry.name), []).append(i)
+        for name, here in inside.items():
+            self.files[name].read_chunks_into([wanted[i] for i in here], [places[i] for i in here])
+
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
         """Reads the segment index of chunk k of a tensor, like `SfpFile.read_head`."""
         return self.file_of(entry.name).read_head(entry, k)

@@ -12,7 +12,8 @@ from kernels.tools import fuzz, shim
 from kernels.tools.changes import Comparison, random_comparison
 from sfpformat.engines import get_engine
 from sfpformat.engines.cuda import kernel_source
-from sfpformat.engines.cuda.recipe import kernel_of
+from sfpformat.engines.cuda.recipe import KERNELS, kernel_of
+from sfpformat.engines.device_interface import Content
 
 from ..support.programs import needs
 
@@ -51,7 +52,10 @@ def test_the_sanitiser_reports_an_access_outside() -> None:
 
 
 def test_chunks_for_every_kernel_are_damaged() -> None:
-    damaged = {kernel_of(sample.decoder.entry) for sample in fuzz.samples(get_engine("python"))}
+    samples = fuzz.samples(get_engine("python"))
+    damaged = {kernel_of(sample.decoder.entry) for sample in samples}
+    contents = {content for sample in samples for content in fuzz.contents_of(sample)}
+    damaged |= {KERNELS[content] for content in contents if content is not Content.WEIGHTS}
     others = {"fill_tables", "index_chunks", "place_matrix", "multiply_bf16", "multiply_f16", "multiply_f32"}
     others |= {f"{kernel}_{item}" for kernel in ("count_keys", "place_changes") for item in (1, 2, 4, 8)}
     others |= {"sum_keys", "flip_elements"}

@@ -121,3 +121,12 @@ def test_a_missing_shard_raises_file_not_found(tmp_path: Path) -> None:
     (tmp_path / B).unlink()
     with pytest.raises(FileNotFoundError, match=B):
         ShardedFile(path)
+
+
+def test_chunks_of_shards_are_read_into_memory_of_the_caller(tmp_path: Path) -> None:
+    with ShardedFile(model(tmp_path)) as sharded:
+        wanted = [(sharded.entry(name), 0) for name in "cab"]
+        places = [np.zeros(int(entry.chunks["length"][0]), np.uint8) for entry, _ in wanted]
+        sharded.read_chunks_into(wanted, places)
+        for place, chunk in zip(places, sharded.read_chunks(wanted), strict=True):
+            assert np.array_equal(place, chunk)

@@ -35,7 +35,8 @@ from . import layout
 _MOST_SLOTS = 256
 _SHORT_BITS = 8  # index bits of the first look-up
 _MOST_PATTERNS = 1 << 16  # of a look-up table over levels
-_KERNELS = {Content.MASK: "masks", Content.IMPORTANCE: "importances"}
+# The kernels that decode something else than weights.
+KERNELS = {Content.MASK: "masks", Content.IMPORTANCE: "importances"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ def make_recipe(
         out["multiplier"] = importance_positions(entry)
     size = _place_tables(out, pool.size) - pool.size
     parts = [out.tobytes().ljust(len(pool.parts[0]), b"\0"), *pool.parts[1:]]
-    kernel = _KERNELS[content] if content in _KERNELS else kernel_of(entry)
+    kernel = KERNELS[content] if content in KERNELS else kernel_of(entry)
     return Recipe(
         as_bytes(b"".join(parts)),
         size,
